@@ -1,0 +1,1 @@
+//! Flags and FLANNELD_* variables → Settings. Touches nothing.

@@ -1,0 +1,1 @@
+//! Which subnet a node takes (contract §3.5).

@@ -1,0 +1,352 @@
+//! What a host should look like, as data, and the steps from one state to another.
+//!
+//! A backend returns a [`HostState`]; [`HostState::changes_to`] compares two of them. The variant order of
+//! [`HostItem`] is creation order: everything is put after what it hangs on, and removal runs backwards. A new
+//! kind of item breaks the build in exactly the places that must know it.
+//!
+//! `Display` prints lines as `ip` would take them; logs, tests and `--dry-run` share that text.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::{IpNet, Ipv4Net};
+
+/// A network device the agent creates and owns by name and kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub name: String,
+    pub kind: LinkKind,
+    /// Bytes of the largest packet, without link-layer header.
+    pub mtu: u32,
+}
+
+/// Device kinds the agent can create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkKind {
+    /// A persistent TUN (IFF_TUN | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE): it outlives the process, and with
+    /// it the pinned programs on it.
+    Tun,
+}
+
+/// One value under `/proc/sys`, `key` in slash form (`net/ipv6/conf/flannel0/disable_ipv6`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sysctl {
+    pub key: String,
+    pub value: String,
+}
+
+/// An address on a device that is ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    pub device: String,
+    /// Address with prefix length (`10.244.3.0/32`), host bits kept.
+    pub net: IpNet,
+}
+
+/// The udp tunnel on [`Tunnel::device`]: programs, maps, socket and user-space path as one thing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// The TUN device packets are routed to.
+    pub device: String,
+    /// The interface that carries the datagrams.
+    pub underlay: String,
+    /// Address the UDP socket is bound to and datagrams are sent from.
+    pub local: Ipv4Addr,
+    /// UDP port of every node.
+    pub port: u16,
+    /// The whole overlay network.
+    pub network: Ipv4Net,
+    /// The subnet leased to this node. All leases have its prefix length.
+    pub own_subnet: Ipv4Net,
+    /// MTU of the device; datagrams are 28 bytes longer.
+    pub mtu: u32,
+    pub options: TunnelOptions,
+}
+
+/// What the operator may choose about the tunnel (`--udp-*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct TunnelOptions {
+    pub datapath: Datapath,
+    pub source_check: SourceCheck,
+    pub source_port: SourcePort,
+}
+
+/// `--udp-datapath`: which tier may carry packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Datapath {
+    /// The best tier that works here.
+    #[default]
+    Auto,
+    /// `ebpf`: XDP or tc, never user space.
+    Ebpf,
+    Xdp,
+    Tc,
+    Tun,
+}
+
+/// `--udp-source-check`: may a node send packets from a subnet it does not lease?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum SourceCheck {
+    /// Count and drop.
+    Enforce,
+    /// Count and deliver.
+    #[default]
+    Observe,
+    Off,
+}
+
+/// `--udp-source-port`: the outer UDP source port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum SourcePort {
+    /// 0xC000 + 14 bits of the flow's hash, so that ECMP and RSS spread flows.
+    #[default]
+    Flow,
+    /// The tunnel's own port, as flanneld sends.
+    Fixed,
+}
+
+/// One remote node of the tunnel on `device`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TunnelPeer {
+    pub device: String,
+    pub subnet: Ipv4Net,
+    pub node: Ipv4Addr,
+}
+
+/// A unicast route in the main table with the agent's own protocol number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub destination: IpNet,
+    pub via: Option<IpAddr>,
+    pub device: String,
+    /// Treat `via` as reachable on `device` whatever the other routes say.
+    pub onlink: bool,
+    /// Preferred source address of packets this host sends.
+    pub source: Option<IpAddr>,
+    /// Path MTU in bytes, when it is below the device's.
+    pub mtu: Option<u32>,
+}
+
+/// One thing on the host. The order of the variants is the order of creation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostItem {
+    Link(Link),
+    Sysctl(Sysctl),
+    Address(Address),
+    Tunnel(Tunnel),
+    TunnelPeer(TunnelPeer),
+    Route(Route),
+}
+
+/// What identifies an item: two items with one key can't exist side by side, putting the second replaces the first.
+/// `Ord` is creation order first, so that a map of keys is walked in the right sequence.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    Link(String),
+    Sysctl(String),
+    Address(String, IpNet),
+    Tunnel(String),
+    TunnelPeer(String, Ipv4Net),
+    Route(IpNet),
+}
+
+impl HostItem {
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Link(link) => Key::Link(link.name.clone()),
+            Self::Sysctl(sysctl) => Key::Sysctl(sysctl.key.clone()),
+            Self::Address(address) => Key::Address(address.device.clone(), address.net),
+            Self::Tunnel(tunnel) => Key::Tunnel(tunnel.device.clone()),
+            Self::TunnelPeer(peer) => Key::TunnelPeer(peer.device.clone(), peer.subnet),
+            Self::Route(route) => Key::Route(route.destination),
+        }
+    }
+}
+
+/// One step towards a wanted state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Create the item, or make the existing one with its key equal to it.
+    Put(HostItem),
+    /// Remove the item; that it is already gone is a success.
+    Remove(HostItem),
+}
+
+impl Change {
+    pub fn item(&self) -> &HostItem {
+        match self {
+            Self::Put(item) | Self::Remove(item) => item,
+        }
+    }
+}
+
+/// A set of items, at most one per [`Key`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostState {
+    items: BTreeMap<Key, HostItem>,
+}
+
+impl HostState {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds or replaces.
+    pub fn insert(&mut self, item: HostItem) {
+        self.items.insert(item.key(), item);
+    }
+
+    pub fn remove(&mut self, key: &Key) -> Option<HostItem> {
+        self.items.remove(key)
+    }
+
+    pub fn get(&self, key: &Key) -> Option<&HostItem> {
+        self.items.get(key)
+    }
+
+    pub fn contains(&self, item: &HostItem) -> bool {
+        self.items.get(&item.key()) == Some(item)
+    }
+
+    /// In creation order.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &HostItem> {
+        self.items.values()
+    }
+
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Takes over what a change did.
+    pub fn record(&mut self, change: &Change) {
+        match change {
+            Change::Put(item) => self.insert(item.clone()),
+            Change::Remove(item) => {
+                self.items.remove(&item.key());
+            }
+        }
+    }
+
+    /// The steps that turn `self` into `wanted`: first every put in creation order, then every removal in reverse
+    /// order. Puts come first so that a thing that moves is replaced and never missing.
+    pub fn changes_to(&self, wanted: &Self) -> Vec<Change> {
+        let puts = wanted.items.values().filter(|item| !self.contains(item)).cloned().map(Change::Put);
+        let removals = self
+            .items
+            .iter()
+            .rev()
+            .filter(|(key, _)| !wanted.items.contains_key(*key))
+            .map(|(_, item)| Change::Remove(item.clone()));
+        puts.chain(removals).collect()
+    }
+}
+
+impl FromIterator<HostItem> for HostState {
+    fn from_iter<I: IntoIterator<Item = HostItem>>(items: I) -> Self {
+        let mut state = Self::new();
+        for item in items {
+            state.insert(item);
+        }
+        state
+    }
+}
+
+impl fmt::Display for HostState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for item in self.iter() {
+            writeln!(f, "{item}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Put(item) => write!(f, "put {item}"),
+            Self::Remove(item) => write!(f, "remove {item}"),
+        }
+    }
+}
+
+impl fmt::Display for HostItem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Link(Link { name, kind: LinkKind::Tun, mtu }) => {
+                write!(f, "link {name} type tun mtu {mtu}")
+            }
+            Self::Sysctl(Sysctl { key, value }) => write!(f, "sysctl {key}={value}"),
+            Self::Address(Address { device, net }) => write!(f, "addr {net} dev {device}"),
+            Self::Tunnel(t) => write!(
+                f,
+                "tunnel {} via {} local {}:{} network {} subnet {} mtu {} datapath {} source-check {} source-port {}",
+                t.device,
+                t.underlay,
+                t.local,
+                t.port,
+                t.network,
+                t.own_subnet,
+                t.mtu,
+                t.options.datapath,
+                t.options.source_check,
+                t.options.source_port,
+            ),
+            Self::TunnelPeer(TunnelPeer { device, subnet, node }) => {
+                write!(f, "peer {subnet} at {node} dev {device}")
+            }
+            Self::Route(route) => {
+                write!(f, "route {}", route.destination)?;
+                if let Some(via) = route.via {
+                    write!(f, " via {via}")?;
+                }
+                write!(f, " dev {}", route.device)?;
+                if let Some(source) = route.source {
+                    write!(f, " src {source}")?;
+                }
+                if route.onlink {
+                    f.write_str(" onlink")?;
+                }
+                if let Some(mtu) = route.mtu {
+                    write!(f, " mtu {mtu}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl fmt::Display for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
+            Self::Xdp => "xdp",
+            Self::Tc => "tc",
+            Self::Tun => "tun",
+        })
+    }
+}
+
+impl fmt::Display for SourceCheck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enforce => "enforce",
+            Self::Observe => "observe",
+            Self::Off => "off",
+        })
+    }
+}
+
+impl fmt::Display for SourcePort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Flow => "flow",
+            Self::Fixed => "fixed",
+        })
+    }
+}

@@ -1,0 +1,11 @@
+//! What the agent knows: networks, leases, peers, and what a host should look like.
+//!
+//! Nothing here does IO, keeps time, or imports another folder of this crate; everything is a value or a pure
+//! function, so that it can be tested by tables. Time is an argument.
+
+pub mod allocator;
+pub mod config;
+pub mod host_state;
+pub mod interface;
+pub mod lease;
+pub mod peers;

@@ -1,0 +1,35 @@
+//! The only code that touches the kernel.
+
+pub mod fake;
+pub mod linux;
+pub mod netlink;
+pub mod sysctl;
+pub mod udp;
+
+use async_trait::async_trait;
+
+use crate::domain::host_state::{Change, HostState};
+
+/// A host whose state can be read and changed.
+#[async_trait]
+pub trait Host: Send {
+    /// What of ours is there now. Only items that are certainly ours.
+    async fn observe(&mut self) -> Result<HostState, HostError>;
+
+    /// Makes the changes in the given order and says for each how it went; one failure does not stop the others.
+    /// Requests of one kind go to the kernel in batches.
+    async fn apply(&mut self, changes: &[Change]) -> Vec<Result<(), HostError>>;
+
+    /// Returns when someone may have touched what is ours. Cancel-safe.
+    async fn disturbed(&mut self);
+}
+
+/// What was being done to which thing, and why it failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing}: {reason}")]
+pub struct HostError {
+    /// "add route 10.1.2.0/24 via 10.0.0.2"
+    pub doing: String,
+    /// The kernel's answer, with the likely cause where we know it.
+    pub reason: String,
+}

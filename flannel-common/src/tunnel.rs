@@ -1,0 +1,50 @@
+//! Settings of one tunnel, a read-only global of the programs (`SETTINGS`).
+//!
+//! The verifier folds them into the code; a change means loading anew and replacing the links atomically.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Addresses, masks and port are in network byte order, as they stand in the packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Settings {
+    /// Own node address: outer source, and the only outer destination that is decapsulated.
+    pub local: u32,
+    /// The overlay network.
+    pub network: u32,
+    pub network_mask: u32,
+    /// Mask of every lease (SubnetLen).
+    pub subnet_mask: u32,
+    /// The subnet leased to this node.
+    pub own_subnet: u32,
+    /// Interface index of the underlay.
+    pub underlay: u32,
+    /// Interface index of the tunnel device (`flannel0`).
+    pub device: u32,
+    /// Interface index of the GRO pair's sending end (`flannel0p`), 0 without a pair.
+    pub gro_pair: u32,
+    /// UDP port of every node.
+    pub port: u16,
+    /// `flags` bits below.
+    pub flags: u16,
+}
+
+/// Packets from a node that does not lease their source, or not meant for our subnet: drop them.
+pub const SOURCE_CHECK_ENFORCE: u16 = 1 << 0;
+/// The same packets: count them and deliver. Neither bit: no check.
+pub const SOURCE_CHECK_OBSERVE: u16 = 1 << 1;
+/// Outer source port = `port` instead of the flow's hash.
+pub const FIXED_SOURCE_PORT: u16 = 1 << 2;
+/// Set DF on the outer header; only for comparing with the original in tests.
+pub const OUTER_DF: u16 = 1 << 3;
+/// XDP marks packets of the tunnel but leaves them whole, so that tc can prove that marks arrive.
+pub const XDP_PROBE: u16 = 1 << 4;
+
+/// Metadata XDP puts in front of a decapsulated packet for tc ingress ("this came through the tunnel").
+pub const XDP_MARK: u32 = 0xF1A7_8285;
+/// Metadata of a packet that `XDP_PROBE` left whole.
+pub const XDP_PROBE_MARK: u32 = 0xF1A7_8286;
+
+#[cfg(feature = "user")]
+// SAFETY: repr(C), no padding, every bit pattern is valid (bytemuck checks all three).
+unsafe impl aya::Pod for Settings {}
