@@ -1,1 +1,3 @@
 //! The udp tunnel.
+
+pub mod object;
