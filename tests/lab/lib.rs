@@ -32,6 +32,8 @@ pub mod topology;
 #[cfg(feature = "parts")]
 pub mod privilege;
 #[cfg(feature = "parts")]
+pub mod programs;
+#[cfg(feature = "parts")]
 pub mod scenario;
 
 /// The agent's binary: next to this test's own folder, where cargo puts it (`target/debug/flannel-agent`).
@@ -41,7 +43,8 @@ pub mod scenario;
 pub fn agent_binary() -> Result<PathBuf> {
     let me = std::env::current_exe().context("find this program's own path")?;
     // target/debug/deps/backends-0123456789abcdef → target/debug
-    let folder = me.ancestors().nth(2).with_context(|| format!("{} lies in no target folder", me.display()))?;
+    let folder =
+        me.ancestors().nth(2).with_context(|| format!("{} lies in no target folder", me.display()))?;
     let binary = folder.join("flannel-agent");
     if binary.is_file() {
         Ok(binary)

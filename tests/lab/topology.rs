@@ -361,7 +361,9 @@ impl Lab {
         self.hosts
             .iter()
             .filter(|host| host.files.log().exists())
-            .map(|host| format!("── log of the agent on {} ──\n{}\n", host.name(), crate::tail(&host.files.log())))
+            .map(|host| {
+                format!("── log of the agent on {} ──\n{}\n", host.name(), crate::tail(&host.files.log()))
+            })
             .collect()
     }
 }
@@ -467,20 +469,16 @@ impl Host {
     pub fn attach_pod(&mut self) -> Result<&Pod> {
         let env = SubnetEnv::read(&self.files.subnet_env())?;
         let index = u8::try_from(self.pods.len()).context("too many pods")?;
-        let pod = self
-            .make_pod(&env, index)
-            .with_context(|| format!("attach pod {index} to {}", self.name()))?;
+        let pod =
+            self.make_pod(&env, index).with_context(|| format!("attach pod {index} to {}", self.name()))?;
         self.pods.push(pod);
         self.pod()?;
         self.pods.last().context("the pod just attached")
     }
 
     fn make_pod(&self, env: &SubnetEnv, index: u8) -> Result<Pod> {
-        let part = if index == 0 {
-            format!("pod{}", self.number)
-        } else {
-            format!("pod{}-{index}", self.number)
-        };
+        let part =
+            if index == 0 { format!("pod{}", self.number) } else { format!("pod{}-{index}", self.number) };
         let netns = Arc::new(self.plan.namespace(&part)?);
         let (port, mtu, gateway) = (format!("pod{index}"), env.mtu, env.gateway);
         let address = Ipv4Addr::from(u32::from(env.base()) + 2 + u32::from(index));
@@ -529,7 +527,10 @@ impl Host {
                 return Ok(started.elapsed());
             }
             if started.elapsed() > limit {
-                bail!("{}: `{command_line}` does not show `{pattern}` within {limit:?}: {output:?}", self.name());
+                bail!(
+                    "{}: `{command_line}` does not show `{pattern}` within {limit:?}: {output:?}",
+                    self.name()
+                );
             }
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -101,7 +101,9 @@ pub(crate) fn run() -> Result<()> {
         deny.args(["deny", "--all-features", "check", "bans", "licenses", "sources"]);
         cargo_step("licences, bans, sources", "check-deny", &mut deny)?;
     } else {
-        println!("  - licences, bans, sources: not checked, cargo-deny is not installed (`cargo install cargo-deny`)");
+        println!(
+            "  - licences, bans, sources: not checked, cargo-deny is not installed (`cargo install cargo-deny`)"
+        );
     }
     Ok(())
 }
@@ -300,8 +302,14 @@ mod tests {
     #[test]
     fn what_is_allowed_or_only_mentioned_is_not_reported() {
         let cases = [
-            ("domain/lease.rs", "use std::net::Ipv4Addr;\nuse serde::Deserialize;\nuse super::peers::Peers;\n"),
-            ("domain/lease.rs", "/// See `crate::host::Host`.\n/* crate::stores */ const A: &str = \"crate::host::x\";\n"),
+            (
+                "domain/lease.rs",
+                "use std::net::Ipv4Addr;\nuse serde::Deserialize;\nuse super::peers::Peers;\n",
+            ),
+            (
+                "domain/lease.rs",
+                "/// See `crate::host::Host`.\n/* crate::stores */ const A: &str = \"crate::host::x\";\n",
+            ),
             ("backends/udp.rs", "use crate::domain::{config, peers};\n"),
             ("stores/etcd/v3.rs", "use super::Registry;\nuse etcd_client::Client;\nuse tokio::time;\n"),
             ("host/linux.rs", "use crate::domain::host_state::Change;\nuse flannel_common::peer;\n"),

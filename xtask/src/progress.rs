@@ -53,7 +53,8 @@ impl Step {
     fn end(&mut self, sign: &str, result: &str) {
         self.ended = true;
         let clear = if self.live { "\r\x1b[2K" } else { "" };
-        let line = format!("{clear}  {sign} {:<32} {:>8}  {result}", self.what, seconds(self.started.elapsed()));
+        let line =
+            format!("{clear}  {sign} {:<32} {:>8}  {result}", self.what, seconds(self.started.elapsed()));
         println!("{}", line.trim_end());
     }
 }
@@ -118,7 +119,8 @@ impl Logged {
 
         let mut reader = BufReader::new(reader);
         let mut bytes = Vec::new();
-        while reader.read_until(b'\n', &mut bytes).with_context(|| format!("read what {program} prints"))? > 0 {
+        while reader.read_until(b'\n', &mut bytes).with_context(|| format!("read what {program} prints"))? > 0
+        {
             file.write_all(&bytes).with_context(|| format!("write {}", log.display()))?;
             line(String::from_utf8_lossy(&bytes).trim_end());
             bytes.clear();

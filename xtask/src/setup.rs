@@ -140,7 +140,8 @@ fn apt(what: &str, arguments: &[&str]) -> Result<()> {
     let step = Step::begin(what);
     let mut command = Command::new("apt-get");
     command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=120"]).args(arguments);
-    Logged::run(&mut command, "setup-apt", |line| step.note(line))?.require_success(&format!("`{what}` failed"))?;
+    Logged::run(&mut command, "setup-apt", |line| step.note(line))?
+        .require_success(&format!("`{what}` failed"))?;
     step.done("");
     Ok(())
 }

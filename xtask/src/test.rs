@@ -66,7 +66,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             [suite.passed, suite.failed, suite.ignored] = counts;
             suite.finished = true;
             if let Some(step) = step.take() {
-                let ignored = if suite.ignored > 0 { format!(", {} not run", suite.ignored) } else { String::new() };
+                let ignored =
+                    if suite.ignored > 0 { format!(", {} not run", suite.ignored) } else { String::new() };
                 step.done(&format!("{} passed, {} failed{ignored}", suite.passed, suite.failed));
             }
         } else if let (Some(step), Some(test)) = (&step, line.strip_prefix("test ")) {
@@ -98,7 +99,12 @@ fn report(suites: &[Suite], logged: &Logged, started: Instant) -> Result<()> {
     println!("{passed} passed, {failed} failed in {}", seconds(started.elapsed()));
 
     if let Some(broken) = suites.iter().find(|suite| !suite.finished) {
-        bail!("{}: {} ended before its tests did (all output: {})", broken.kind, broken.name, logged.log.display());
+        bail!(
+            "{}: {} ended before its tests did (all output: {})",
+            broken.kind,
+            broken.name,
+            logged.log.display()
+        );
     }
     ensure!(failed == 0, "{failed} tests failed (all output: {})", logged.log.display());
     ensure!(ignored == 0, "{ignored} tests were not run (why: {})", logged.log.display());
@@ -173,7 +179,11 @@ mod tests {
     #[test]
     fn suites_are_told_apart_by_what_cargo_prints() {
         let cases = [
-            ("     Running unittests src/lib.rs (target/debug/deps/flannel_agent-0123abcd)", "units", "flannel_agent"),
+            (
+                "     Running unittests src/lib.rs (target/debug/deps/flannel_agent-0123abcd)",
+                "units",
+                "flannel_agent",
+            ),
             ("     Running tests/ebpf.rs (target/debug/deps/ebpf-0123abcd)", "programs", "ebpf"),
             ("     Running tests/backends/main.rs (target/debug/deps/backends-01)", "hosts", "backends"),
             ("   Doc-tests flannel_common", "examples", "flannel_common"),

@@ -218,8 +218,7 @@ fn send(to: SocketAddrV4, load: Load, stop: &AtomicBool) -> Result<(u64, Duratio
         if length == 0 {
             break;
         }
-        let length =
-            socket.write(stream(sent, length)).with_context(|| format!("after {sent} bytes"))?;
+        let length = socket.write(stream(sent, length)).with_context(|| format!("after {sent} bytes"))?;
         sent += length as u64;
     }
     socket.shutdown(Shutdown::Write).context("end the stream")?;

@@ -6,8 +6,8 @@
 //! way out, or at the next start if this process was killed.
 
 mod table;
-mod unprivileged;
 mod tidy;
+mod unprivileged;
 
 use std::{path::PathBuf, time::Duration};
 

@@ -9,8 +9,15 @@ use flannel_tests::{agent::Status, topology::Lab};
 /// data path counted them.
 pub(super) fn table(lab: &Lab, statuses: &[Status], round_trips: &[Duration], rates: &[f64]) -> Table {
     let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED);
-    table.set_header(["host", "leased subnet", "data path", "RTT", "Gbit/s", "packets per peer: sent / received"]);
+    table.load_style(UTF8_FULL_CONDENSED);
+    table.set_header([
+        "host",
+        "leased subnet",
+        "data path",
+        "RTT",
+        "Gbit/s",
+        "packets per peer: sent / received",
+    ]);
     for (((host, status), round_trip), rate) in lab.hosts().iter().zip(statuses).zip(round_trips).zip(rates) {
         let peers: Vec<String> = status
             .tunnels

@@ -76,7 +76,7 @@ pub(super) fn on_interrupt() -> Result<()> {
 }
 
 /// Never returns: an interrupt ends the process.
-pub(super) fn wait_for_interrupt() -> ! {
+pub(super) fn wait_for_interrupt() {
     loop {
         park();
     }

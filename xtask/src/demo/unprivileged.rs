@@ -26,7 +26,8 @@ In a container, its runtime may forbid it (seccomp): run the demo on the host or
 
 /// Tries it in a process of its own, before anything is installed or built.
 pub(super) fn require() -> Result<()> {
-    let tried = Command::new("unshare").args(["--user", "--map-root-user", "--net", "--mount", "true"]).output();
+    let tried =
+        Command::new("unshare").args(["--user", "--map-root-user", "--net", "--mount", "true"]).output();
     ensure!(tried.is_ok_and(|output| output.status.success()), HOW_TO_GET_IT);
     ensure!(
         fs::File::options().read(true).write(true).open("/dev/net/tun").is_ok(),
