@@ -29,13 +29,18 @@ pub fn scenario(
 /// What a test binary's `main` returns: mounts become the process's own (call it before any thread exists), then the
 /// trials run behind the gate of [`privilege`].
 pub fn run(trials: Vec<Trial>) -> ExitCode {
+    run_when(privilege::require, trials)
+}
+
+/// [`run`] for trials that need less, or more, than root and eBPF programs.
+pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
     if privilege::require_root().is_ok()
         && let Err(e) = private_mounts()
     {
         eprintln!("error: {e}");
         return ExitCode::FAILURE;
     }
-    privilege::run(trials)
+    privilege::run_when(ready, trials)
 }
 
 /// Each host of a lab mounts a bpffs; none of them may show outside, nor outlive us.

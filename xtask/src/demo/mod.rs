@@ -9,7 +9,7 @@ mod table;
 mod tidy;
 mod unprivileged;
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
@@ -76,7 +76,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     shown
 }
 
-fn show(arguments: &Arguments, agent: &PathBuf, datapath: &str, privileged: bool) -> Result<()> {
+fn show(arguments: &Arguments, agent: &Path, datapath: &str, privileged: bool) -> Result<()> {
     let step = Step::begin("hosts, underlay, etcd");
     let plan = Lab::named(NAME).hosts(arguments.hosts);
     let plan = if privileged { plan.listed() } else { plan };
@@ -84,7 +84,7 @@ fn show(arguments: &Arguments, agent: &PathBuf, datapath: &str, privileged: bool
     step.done(&format!("{} hosts on 10.99.0.0/24, network {NETWORK}", arguments.hosts));
 
     let step = Step::begin("agents");
-    let options = AgentOptions::with_binary(agent.clone()).datapath(datapath);
+    let options = AgentOptions::with_binary(agent.to_owned()).datapath(datapath);
     let each = vec![options; usize::from(arguments.hosts)];
     lab.bring_up_with(&each)?;
     let first = lab.host(0).status()?;
@@ -166,7 +166,7 @@ fn rates(lab: &Lab, step: &Step) -> Result<Vec<f64>> {
     Ok(sums.iter().map(|(sum, count)| sum / f64::from((*count).max(1))).collect())
 }
 
-fn keep(lab: &Lab, agent: &std::path::Path, privileged: bool) -> Result<()> {
+fn keep(lab: &Lab, agent: &Path, privileged: bool) -> Result<()> {
     let host = lab.host(0);
     let other = lab.host(1).pod()?.address;
     let agent = agent.strip_prefix(workspace()).unwrap_or(agent).display().to_string();
