@@ -203,6 +203,12 @@ impl Resolver<'_> {
     }
 
     fn etcd(&mut self, flags: EtcdFlags) -> Result<EtcdSettings, SettingsError> {
+        if flags.etcd_endpoints.contains('@') {
+            // Not quoted: what stands before the @ may be a password.
+            let name = self.name("etcd-endpoints");
+            let text = format!("{name} names a user, who goes to -etcd-username and -etcd-password");
+            return Err(SettingsError { text, code: 2 });
+        }
         // Split verbatim, as flanneld does: a space would become part of the endpoint.
         let endpoints: Vec<String> = flags.etcd_endpoints.split(',').map(str::to_owned).collect();
         for endpoint in &endpoints {
@@ -383,9 +389,6 @@ fn check_endpoint(endpoint: &str) -> Result<(), String> {
         None => endpoint,
     };
     let authority = authority.split('/').next().unwrap_or_default();
-    if authority.contains('@') {
-        return wrong("names a user, who goes to -etcd-username");
-    }
     // An IPv6 address is in brackets; its colons are not the port's.
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, Some(port)),

@@ -173,7 +173,6 @@ fn endpoints_are_checked_one_by_one() {
         ("ftp://a", "\"ftp://a\" is neither http nor https"),
         ("http://", "\"http://\" names no host"),
         (":2379", "\":2379\" names no host"),
-        ("http://u:p@a", "\"http://u:p@a\" names a user, who goes to -etcd-username"),
         ("http://a:x", "\"http://a:x\" has no port from 1 to 65535"),
         ("http://a:70000", "\"http://a:70000\" has no port from 1 to 65535"),
         ("http://a:0", "\"http://a:0\" has no port from 1 to 65535"),
@@ -182,6 +181,14 @@ fn endpoints_are_checked_one_by_one() {
         let Parsed::PrintAndExit { text, code: 2, .. } = parse(args, []) else { panic!("{endpoints}") };
         assert!(text.contains(&format!("for -etcd-endpoints: {wanted}; endpoints are such as")), "{text}");
     }
+}
+
+#[test]
+fn a_password_in_an_endpoint_is_not_repeated() {
+    refused(&[(
+        "flanneld -etcd-endpoints=http://u:p@a:1,http://b",
+        "-etcd-endpoints names a user, who goes to -etcd-username and -etcd-password",
+    )]);
 }
 
 #[test]
