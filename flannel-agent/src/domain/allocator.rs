@@ -143,11 +143,12 @@ fn choose_again(wish: &Wish<'_>, taken: &Taken<'_>, subnets: Subnets) -> Result<
     if let Some(own) = taken.leases.iter().filter(is_ours).find(|lease| lease.subnets == subnets) {
         return Ok(Choice::Reuse(own.clone()));
     }
-    for lease in taken.leases.iter().filter(|lease| lease.subnets.overlaps(&subnets)) {
-        if !is_ours(&lease) {
-            return Err(NoSubnet::PreviousTaken { subnets, by: lease.attrs.public_ip.to_string() });
-        }
-        return Ok(Choice::Delete(lease.clone()));
+    let mut in_the_way = taken.leases.iter().filter(|lease| lease.subnets.overlaps(&subnets));
+    if let Some(other) = in_the_way.clone().find(|lease| !is_ours(lease)) {
+        return Err(NoSubnet::PreviousTaken { subnets, by: other.attrs.public_ip.to_string() });
+    }
+    if let Some(own) = in_the_way.next() {
+        return Ok(Choice::Delete(own.clone()));
     }
     if taken.unreadable.iter().any(|other| other.overlaps(&subnets)) {
         return Err(NoSubnet::PreviousTaken { subnets, by: "an entry that can't be read".into() });

@@ -57,6 +57,7 @@ pub struct Lease {
 /// What a store reports while it is watched. A stream of them always begins with a `Snapshot`, or an
 /// `Interrupted` when the store can't be reached yet.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "most events are the large one")]
 pub enum LeaseEvent {
     /// Everything there is; what is not in it is gone.
     Snapshot(Vec<Lease>, Vec<Unreadable>),
@@ -330,7 +331,7 @@ fn undo_base64(value: Value) -> Value {
 
 /// RFC 4648 §4, padding required.
 fn decode_base64(text: &str) -> Option<Vec<u8>> {
-    if text.is_empty() || text.len() % 4 != 0 {
+    if text.is_empty() || !text.len().is_multiple_of(4) {
         return None;
     }
     let digits = text.trim_end_matches('=');

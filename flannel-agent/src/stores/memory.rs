@@ -244,13 +244,19 @@ impl LeaseStore for MemoryStore {
         let lost = |reason: String| StoreError::LeaseLost { subnets: known.subnets, reason };
         let key = known.subnets.to_string();
         let entry = state.entries.get(&key).ok_or_else(|| lost("it was deleted or has expired".into()))?;
-        let present = lease(&key, entry).map_err(|entry| lost(entry.reason))?;
-        if present.attrs.public_ip != known.attrs.public_ip {
-            return Err(lost(format!("it belongs to {} now", present.attrs.public_ip)));
-        }
         let mut attrs = known.attrs.clone();
-        attrs.keep_unknown_of(&present.attrs);
-        let expires = present.expires.map(|_| Instant::now() + LEASE_TTL);
+        let endless = match lease(&key, entry) {
+            Ok(present) if present.attrs.public_ip != known.attrs.public_ip => {
+                return Err(lost(format!("it belongs to {} now", present.attrs.public_ip)));
+            }
+            Ok(present) => {
+                attrs.keep_unknown_of(&present.attrs);
+                present.expires.is_none()
+            }
+            // Nobody's claim: put right what was damaged, as long-lived as it was.
+            Err(_) => known.expires.is_none(),
+        };
+        let expires = (!endless).then(|| Instant::now() + LEASE_TTL);
         Ok(state.write(known.subnets, attrs, expires))
     }
 

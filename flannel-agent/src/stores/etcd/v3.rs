@@ -236,10 +236,18 @@ impl Server {
             Some(
                 INVALID_ARGUMENT | PERMISSION_DENIED | UNAUTHENTICATED | FAILED_PRECONDITION | UNIMPLEMENTED,
             ) => Fault::Lasting(text),
-            Some(CANCELLED) if self.endpoint.tls.is_some() && !self.endpoint.has_client_cert => {
-                Fault::Passing(format!(
-                    "{text}; it may want a client certificate, give --etcd-certfile and --etcd-keyfile"
-                ))
+            // With TLS 1.3 a server that refuses the client just hangs up after the handshake.
+            _ if self.endpoint.tls.is_some()
+                && (code == Some(CANCELLED) || text.contains("connection closed")) =>
+            {
+                Fault::Passing(match self.endpoint.has_client_cert {
+                    true => format!("{text}; it may not accept the certificate of --etcd-certfile"),
+                    false => {
+                        format!(
+                            "{text}; it may want a client certificate, give --etcd-certfile and --etcd-keyfile"
+                        )
+                    }
+                })
             }
             _ => Fault::Passing(text),
         }
