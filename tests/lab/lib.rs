@@ -1,1 +1,3 @@
-//! lab
+//! The lab: what the tests of this package share.
+
+pub mod etcd;
