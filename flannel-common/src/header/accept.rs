@@ -24,13 +24,17 @@ pub enum Verdict {
     Deliver(Delivery),
 }
 
+/// Instead of a [`Peer::index`]: no entry of `PEER_COUNTERS`, so that counting under it has no effect.
+pub const NO_PEER: u32 = u32::MAX;
+
 /// How an accepted packet is delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
     /// The changed fields of the inner header.
     pub rewrite: Rewrite,
-    /// [`Peer::index`] of the peer that sent it, when it came from that peer's subnet.
-    pub peer: Option<u32>,
+    /// [`Peer::index`] of the peer that sent it, when it came from that peer's subnet; else [`NO_PEER`]. (An `Option`
+    /// would leave its payload undefined, which the verifier refuses to see moved about.)
+    pub peer: u32,
     /// What `observe` would like to have refused.
     pub observed: Option<Counter>,
 }
@@ -98,13 +102,13 @@ pub fn admit(
     peers: impl FnOnce(PeerKey) -> Option<Peer>,
 ) -> Verdict {
     let peer = match peers(settings.peer_key(inner.source())) {
-        Some(peer) if peer.node == arrival.node => Some(peer.index),
-        _ => None,
+        Some(peer) if peer.node == arrival.node => peer.index,
+        _ => NO_PEER,
     };
     let mut observed = None;
     if settings.flags & (SOURCE_CHECK_ENFORCE | SOURCE_CHECK_OBSERVE) != 0 {
         let enforce = settings.flags & SOURCE_CHECK_ENFORCE != 0;
-        if !is_source_right(settings, arrival, inner, peer.is_some()) {
+        if !is_source_right(settings, arrival, inner, peer != NO_PEER) {
             if enforce {
                 return Verdict::Drop(Counter::SourceRefused);
             }
@@ -204,7 +208,7 @@ mod tests {
         else {
             panic!("not delivered")
         };
-        assert_eq!((delivery.peer, delivery.observed, delivery.rewrite.ttl), (Some(41), None, 63));
+        assert_eq!((delivery.peer, delivery.observed, delivery.rewrite.ttl), (41, None, 63));
     }
 
     #[test]
@@ -334,7 +338,7 @@ mod tests {
         let Verdict::Deliver(delivery) = decapsulate(&settings(0), &packet, peers) else {
             panic!("not delivered")
         };
-        assert_eq!(delivery.peer, None);
+        assert_eq!(delivery.peer, NO_PEER);
     }
 
     #[test]
