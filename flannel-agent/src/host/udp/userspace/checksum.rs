@@ -100,9 +100,8 @@ mod tests {
 
     #[test]
     fn data_with_its_own_checksum_is_valid() {
-        let header = [
-            0x45, 0, 0, 0x54, 0x20, 0x58, 0x40, 0, 0x3f, 1, 0x8d, 0x46, 10, 5, 0x44, 0, 10, 5, 0x36, 1,
-        ];
+        let header =
+            [0x45, 0, 0, 0x54, 0x20, 0x58, 0x40, 0, 0x3f, 1, 0x8d, 0x46, 10, 5, 0x44, 0, 10, 5, 0x36, 1];
         assert!(Sum::default().bytes(&header).is_valid());
         assert_eq!(Sum::default().bytes(&header[..10]).bytes(&header[12..]).checksum(), [0x8d, 0x46]);
     }

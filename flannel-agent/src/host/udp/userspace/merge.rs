@@ -8,9 +8,11 @@
 
 use std::io::IoSlice;
 
+use flannel_common::header::PROTOCOL_TCP;
+
 use super::{
     checksum::Sum,
-    packet::{IPV4, TCP, TCP_MAX, pseudo_header},
+    packet::{IPV4, TCP_MAX, pseudo_header},
     vnet,
 };
 
@@ -43,7 +45,7 @@ impl<'p> Segment<'p> {
         let tcp_len = usize::from(tcp[12] >> 4) * 4;
         let (head, payload) = packet.split_at_checked(IPV4 + tcp_len)?;
         let mergeable = ip[0] == 0x45
-            && ip[9] == TCP
+            && ip[9] == PROTOCOL_TCP
             && flags & 0xbfff == 0
             && total == packet.len()
             && tcp_len >= 20

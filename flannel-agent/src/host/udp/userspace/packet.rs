@@ -1,6 +1,6 @@
 //! What is read from and changed in an inner packet. Every byte of it may come from anyone.
 
-use std::net::Ipv4Addr;
+use flannel_common::header::Ipv4;
 
 use super::checksum::Sum;
 
@@ -11,58 +11,28 @@ pub(super) const IPV4_MAX: usize = 60;
 /// Longest TCP header.
 pub(super) const TCP_MAX: usize = 60;
 pub(super) const ICMP: u8 = 1;
-pub(super) const TCP: u8 = 6;
-pub(super) const UDP: u8 = 17;
 
-/// Facts of an IPv4 header: `IPV4 <= header_len <= total_len`, and the header itself is there whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ipv4 {
-    pub(super) header_len: usize,
-    pub(super) total_len: usize,
-    pub(super) protocol: u8,
-    pub(super) source: Ipv4Addr,
-    pub(super) destination: Ipv4Addr,
-    pub(super) fragment: Fragment,
+/// The header of the IPv4 packet that begins here, when it is there with all its options. The packet itself may be
+/// longer than `bytes`. Checksums are not looked at: the kernel does that where the packet arrives, as for flanneld.
+pub(super) fn head(bytes: &[u8]) -> Option<&Ipv4> {
+    let header: &Ipv4 = bytemuck::cast_ref(bytes.first_chunk::<IPV4>()?);
+    (header.is_valid() && usize::from(header.header_length()) <= bytes.len()).then_some(header)
 }
 
-/// Part of a larger packet?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fragment {
-    Whole,
-    First,
-    Later,
+/// The same for a packet that is there to its end: the header, and the packet without what follows it.
+pub(super) fn whole(bytes: &[u8]) -> Option<(&Ipv4, &[u8])> {
+    let header = head(bytes)?;
+    Some((header, bytes.get(..usize::from(header.total_length()))?))
 }
 
-impl Ipv4 {
-    /// `None` unless `bytes` starts with one whole IPv4 packet. Checksums are not looked at: the kernel does that
-    /// when the packet arrives, as for flanneld.
-    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
-        Self::parse_head(bytes).filter(|ip| ip.total_len <= bytes.len())
-    }
+/// The fixed header at the beginning of a packet, to be changed.
+pub(super) fn head_mut(bytes: &mut [u8]) -> Option<&mut Ipv4> {
+    Some(bytemuck::cast_mut(bytes.first_chunk_mut::<IPV4>()?))
+}
 
-    /// The same for the beginning of a packet: `total_len` may be more than came, the header is whole.
-    pub(super) fn parse_head(bytes: &[u8]) -> Option<Self> {
-        let header = bytes.first_chunk::<IPV4>()?;
-        let header_len = usize::from(header[0] & 0x0f) * 4;
-        let total_len = usize::from(u16::from_be_bytes([header[2], header[3]]));
-        if header[0] >> 4 != 4 || header_len < IPV4 || total_len < header_len || header_len > bytes.len() {
-            return None;
-        }
-        let flags = u16::from_be_bytes([header[6], header[7]]);
-        let fragment = match (flags & 0x1fff, flags & 0x2000) {
-            (0, 0) => Fragment::Whole,
-            (0, _) => Fragment::First,
-            _ => Fragment::Later,
-        };
-        Some(Self {
-            header_len,
-            total_len,
-            protocol: header[9],
-            source: Ipv4Addr::new(header[12], header[13], header[14], header[15]),
-            destination: Ipv4Addr::new(header[16], header[17], header[18], header[19]),
-            fragment,
-        })
-    }
+/// A fragment other than the first: what stands behind its header is not a transport header.
+pub(super) fn is_later_fragment(header: &Ipv4) -> bool {
+    u16::from_be_bytes(header.fragment) & 0x1fff != 0
 }
 
 /// Version in the first byte, whatever follows it.
@@ -93,6 +63,10 @@ pub(super) fn finish_checksum(packet: &mut [u8], start: u16, offset: u16) -> boo
 pub(super) mod samples {
     //! Packets for the tests of this folder.
 
+    use std::net::Ipv4Addr;
+
+    use flannel_common::header::{PROTOCOL_TCP, PROTOCOL_UDP};
+
     use super::*;
 
     pub(in super::super) const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 5, 68, 2);
@@ -118,7 +92,7 @@ pub(super) mod samples {
         segment.extend([0, 0, 0x30, 0x39, 0x80, 0x10 | flags, 1, 0xf6, 0, 0, 0, 0]);
         segment.extend([1, 1, 8, 10, 0, 0, 0, 7, 0, 0, 0, 9]);
         segment.extend(payload);
-        let mut packet = ipv4(TCP, &segment);
+        let mut packet = ipv4(PROTOCOL_TCP, &segment);
         finish_transport(&mut packet, 16);
         packet
     }
@@ -129,7 +103,7 @@ pub(super) mod samples {
         datagram.extend(((payload.len() + 8) as u16).to_be_bytes());
         datagram.extend([0, 0]);
         datagram.extend(payload);
-        let mut packet = ipv4(UDP, &datagram);
+        let mut packet = ipv4(PROTOCOL_UDP, &datagram);
         finish_transport(&mut packet, 6);
         packet
     }
@@ -152,11 +126,11 @@ pub(super) mod samples {
 
     /// Both checksums of a whole TCP or UDP packet are right.
     pub(in super::super) fn is_valid(packet: &[u8]) -> bool {
-        let Some(ip) = Ipv4::parse(packet) else { return false };
-        let length = (ip.total_len - ip.header_len) as u16;
-        ip.total_len == packet.len()
-            && Sum::default().bytes(&packet[..ip.header_len]).is_valid()
-            && pseudo_header(packet.first_chunk().unwrap(), length).bytes(&packet[ip.header_len..]).is_valid()
+        let Some((ip, all)) = whole(packet) else { return false };
+        let (header, data) = packet.split_at(usize::from(ip.header_length()));
+        all.len() == packet.len()
+            && Sum::default().bytes(header).is_valid()
+            && pseudo_header(header.first_chunk().unwrap(), data.len() as u16).bytes(data).is_valid()
     }
 }
 
@@ -169,7 +143,7 @@ mod tests {
     #[test]
     fn lengths_that_disagree_are_not_a_packet() {
         let good = samples::udp(b"hello");
-        assert!(Ipv4::parse(&good).is_some());
+        assert!(whole(&good).is_some());
         for (name, at, value) in [
             ("IPv6", 0, 0x65),
             ("header of 16 bytes", 0, 0x44),
@@ -179,10 +153,10 @@ mod tests {
         ] {
             let mut bad = good.clone();
             bad[at] = value;
-            assert_eq!(Ipv4::parse(&bad), None, "{name}");
+            assert_eq!(whole(&bad), None, "{name}");
         }
         for cut in 0..good.len() {
-            assert_eq!(Ipv4::parse(&good[..cut]), None, "cut to {cut}");
+            assert_eq!(whole(&good[..cut]), None, "cut to {cut}");
         }
     }
 
@@ -191,21 +165,7 @@ mod tests {
         let mut packet = samples::udp(b"hello");
         let total = packet.len();
         packet.extend([1, 2, 3, 4]);
-        assert_eq!(Ipv4::parse(&packet).unwrap().total_len, total);
-    }
-
-    #[test]
-    fn fragments_are_told_apart() {
-        for (flags, expected) in [
-            (0x4000u16, Fragment::Whole),
-            (0x2000, Fragment::First),
-            (0x2001, Fragment::Later),
-            (0x0001, Fragment::Later),
-        ] {
-            let mut packet = samples::udp(b"hello");
-            packet[6..8].copy_from_slice(&flags.to_be_bytes());
-            assert_eq!(Ipv4::parse(&packet).unwrap().fragment, expected, "{flags:#06x}");
-        }
+        assert_eq!(whole(&packet).unwrap().1.len(), total);
     }
 
     #[test]
@@ -224,7 +184,7 @@ mod tests {
         fn no_bytes_make_parsing_or_checksums_panic(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..100), start: u16, offset: u16,
         ) {
-            let _ = Ipv4::parse(&bytes);
+            let _ = whole(&bytes);
             let before = bytes.clone();
             if !finish_checksum(&mut bytes, start % 128, offset % 128) {
                 prop_assert_eq!(bytes, before);

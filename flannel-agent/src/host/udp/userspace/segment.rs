@@ -4,9 +4,11 @@
 //! identification counts up, PSH and FIN stay on the last TCP segment, CWR on the first, lengths and both checksums
 //! are each segment's own. Payload is never copied: a segment is a new head and a slice.
 
+use flannel_common::header::{PROTOCOL_TCP, PROTOCOL_UDP};
+
 use super::{
     checksum::Sum,
-    packet::{Fragment, IPV4, IPV4_MAX, Ipv4, TCP, TCP_MAX, UDP, pseudo_header},
+    packet::{IPV4, IPV4_MAX, TCP_MAX, pseudo_header, whole},
 };
 
 /// Longest IPv4 and TCP header together.
@@ -62,22 +64,22 @@ pub(super) struct Segments<'p> {
 impl<'p> Segments<'p> {
     /// `None`: the packet is not a whole one of that protocol, or a segment would not fit into a datagram.
     pub(super) fn of(packet: &'p [u8], transport: Transport, size: u16) -> Option<Self> {
-        let ip = Ipv4::parse(packet)?;
-        let header = packet.first_chunk::<IPV4>()?;
-        let data = packet.get(ip.header_len..)?;
+        let (ip, all) = whole(packet)?;
+        let ip_len = usize::from(ip.header_length());
+        let data = packet.get(ip_len..)?;
         let (protocol, transport_len, sequence) = match transport {
             Transport::Tcp => {
                 let fixed = data.first_chunk::<20>()?;
                 let sequence = u32::from_be_bytes([fixed[4], fixed[5], fixed[6], fixed[7]]);
-                (TCP, usize::from(fixed[12] >> 4) * 4, sequence)
+                (PROTOCOL_TCP, usize::from(fixed[12] >> 4) * 4, sequence)
             }
-            Transport::Udp => (UDP, UDP_HEADER, 0),
+            Transport::Udp => (PROTOCOL_UDP, UDP_HEADER, 0),
         };
-        let head_len = ip.header_len + transport_len;
+        let head_len = ip_len + transport_len;
         let short_header = transport == Transport::Tcp && transport_len < 20;
         if ip.protocol != protocol
-            || ip.fragment != Fragment::Whole
-            || ip.total_len != packet.len()
+            || ip.is_fragment()
+            || all.len() != packet.len()
             || short_header
             || size == 0
             || head_len + usize::from(size) > DATAGRAM_MAX
@@ -88,8 +90,8 @@ impl<'p> Segments<'p> {
         Some(Self {
             transport,
             template: Head::copy_of(head)?,
-            ip_len: ip.header_len,
-            identification: u16::from_be_bytes([header[4], header[5]]),
+            ip_len,
+            identification: u16::from_be_bytes(ip.id),
             sequence,
             rest,
             size: usize::from(size),
@@ -101,6 +103,11 @@ impl<'p> Segments<'p> {
     /// Length of every segment but the last, which may be shorter.
     pub(super) fn segment_len(&self) -> usize {
         self.template.len + self.size.min(self.rest.len())
+    }
+
+    /// Segments still to come.
+    pub(super) fn count(&self) -> usize {
+        if self.finished { 0 } else { self.rest.len().div_ceil(self.size).max(1) }
     }
 
     /// Writes the next segment's headers to `head` and returns its payload.
@@ -169,9 +176,11 @@ mod tests {
         let mut segments = Segments::of(packet, transport, size)?;
         let mut head = Head::EMPTY;
         let mut packets = Vec::new();
+        let announced = segments.count();
         while let Some(payload) = segments.next_into(&mut head) {
             packets.push([head.as_slice(), payload].concat());
         }
+        assert_eq!((packets.len(), segments.count()), (announced, 0));
         Some(packets)
     }
 
@@ -190,11 +199,7 @@ mod tests {
             .collect();
         assert_eq!(
             facts,
-            [
-                (1052, 0x1234, u32::MAX - 999, 0x90),
-                (1052, 0x1235, 0, 0x10),
-                (552, 0x1236, 1000, 0x19),
-            ],
+            [(1052, 0x1234, u32::MAX - 999, 0x90), (1052, 0x1235, 0, 0x10), (552, 0x1236, 1000, 0x19),],
             "length, identification, sequence, flags"
         );
         let together: Vec<u8> = packets.iter().flat_map(|p| p[52..].to_vec()).collect();

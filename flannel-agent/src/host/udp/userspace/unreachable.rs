@@ -4,14 +4,11 @@
 //! to, and with the offender's own bytes. Most kernels drop it because its source is a local address; it shows in
 //! a capture on the device.
 
-use std::{
-    net::Ipv4Addr,
-    time::{Duration, Instant},
-};
+use std::net::Ipv4Addr;
 
 use super::{
     checksum::Sum,
-    packet::{Fragment, ICMP, IPV4, IPV4_MAX, Ipv4},
+    packet::{ICMP, IPV4, IPV4_MAX, head, is_later_fragment},
 };
 
 const NET_UNREACHABLE: [u8; 8] = [3, 0, 0, 0, 0, 0, 0, 0];
@@ -20,16 +17,17 @@ const QUOTED: usize = 8;
 
 /// The answer from `device` (its address) to `offender` (at least its headers), or `None` where none is due.
 pub(super) fn net_unreachable(device: Ipv4Addr, offender: &[u8]) -> Option<Vec<u8>> {
-    let ip = Ipv4::parse_head(offender)?;
+    let ip = head(offender)?;
+    let header_len = usize::from(ip.header_length());
     let answerable = ip.protocol != ICMP
-        && ip.fragment != Fragment::Later
-        && ip.header_len < IPV4_MAX
-        && is_one_host(ip.source)
-        && is_one_host(ip.destination);
+        && !is_later_fragment(ip)
+        && header_len < IPV4_MAX
+        && is_one_host(ip.source.into())
+        && is_one_host(ip.destination.into());
     if !answerable {
         return None;
     }
-    let quote = offender.get(..ip.header_len + QUOTED)?;
+    let quote = offender.get(..header_len + QUOTED)?;
     let total = u16::try_from(IPV4 + NET_UNREACHABLE.len() + quote.len()).ok()?;
 
     let mut header = [0; IPV4];
@@ -38,7 +36,7 @@ pub(super) fn net_unreachable(device: Ipv4Addr, offender: &[u8]) -> Option<Vec<u
     header[8] = 8;
     header[9] = ICMP;
     header[12..16].copy_from_slice(&device.octets());
-    header[16..20].copy_from_slice(&ip.source.octets());
+    header[16..20].copy_from_slice(&ip.source);
     let checksum = Sum::default().bytes(&header).checksum();
     header[10..12].copy_from_slice(&checksum);
 
@@ -49,37 +47,10 @@ pub(super) fn net_unreachable(device: Ipv4Addr, offender: &[u8]) -> Option<Vec<u
 }
 
 fn is_one_host(address: Ipv4Addr) -> bool {
-    !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.octets()[0] >= 240)
-}
-
-/// A token bucket: at most `burst` at once, `per_second` in the long run.
-pub(super) struct RateLimit {
-    per_second: f64,
-    burst: f64,
-    tokens: f64,
-    last: Instant,
-}
-
-impl RateLimit {
-    pub(super) fn new(per_second: u32, burst: u32, now: Instant) -> Self {
-        Self {
-            per_second: f64::from(per_second),
-            burst: f64::from(burst),
-            tokens: f64::from(burst),
-            last: now,
-        }
-    }
-
-    pub(super) fn allows(&mut self, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.last).min(Duration::from_secs(3600));
-        self.tokens = (self.tokens + passed.as_secs_f64() * self.per_second).min(self.burst);
-        self.last = now;
-        if self.tokens < 1.0 {
-            return false;
-        }
-        self.tokens -= 1.0;
-        true
-    }
+    !(address.is_unspecified()
+        || address.is_loopback()
+        || address.is_multicast()
+        || address.octets()[0] >= 240)
 }
 
 #[cfg(test)]
@@ -141,18 +112,6 @@ mod tests {
         offender[0] = 0x46;
         let answer = net_unreachable(DEVICE, &offender).unwrap();
         assert_eq!(answer[28..], offender[..32]);
-    }
-
-    #[test]
-    fn answers_are_limited_in_time() {
-        let start = Instant::now();
-        let mut limit = RateLimit::new(10, 3, start);
-        let allowed = (0..10).filter(|_| limit.allows(start)).count();
-        assert_eq!(allowed, 3);
-        assert!(!limit.allows(start + Duration::from_millis(50)));
-        assert!(limit.allows(start + Duration::from_millis(150)));
-        let later = start + Duration::from_secs(100);
-        assert_eq!((0..10).filter(|_| limit.allows(later)).count(), 3);
     }
 
     proptest! {
