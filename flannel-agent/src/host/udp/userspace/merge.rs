@@ -223,6 +223,8 @@ mod tests {
         vnet::Offload,
     };
 
+    type Change = fn(&mut Vec<u8>);
+
     /// What is written to the device, each with its virtio header.
     fn merge(packets: &[Vec<u8>]) -> Vec<(Offload, Vec<u8>)> {
         let mut written = Vec::new();
@@ -297,7 +299,7 @@ mod tests {
 
     #[test]
     fn a_segment_that_would_not_come_back_the_same_is_left_alone() {
-        let changes: &[(&str, fn(&mut Vec<u8>))] = &[
+        let changes: &[(&str, Change)] = &[
             ("other source", |p| p[15] = 99),
             ("other destination", |p| p[19] = 99),
             ("other TOS", |p| p[1] = 4),

@@ -159,7 +159,7 @@ impl UserTunnel {
 
         // Dropped on an early return, so that a first thread doesn't outlive a failed second one.
         let mut tunnel = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(2) };
-        let directions: [(&str, fn(&Shared) -> Result<(), String>); 2] =
+        let directions: [(&str, Direction); 2] =
             [("tun-to-udp", outbound::run), ("udp-to-tun", inbound::run)];
         for (name, run) in directions {
             let shared = Arc::clone(&shared);
@@ -226,6 +226,9 @@ impl Drop for UserTunnel {
         }
     }
 }
+
+/// One thread's work: until the tunnel is stopped, or the reason why it can't go on.
+type Direction = fn(&Shared) -> Result<(), String>;
 
 /// What both threads and the owner use.
 #[derive(Debug)]

@@ -60,6 +60,8 @@ mod tests {
     use super::*;
     use crate::host::udp::userspace::packet::samples;
 
+    type Change = fn(&mut Vec<u8>);
+
     const DEVICE: Ipv4Addr = Ipv4Addr::new(10, 5, 68, 0);
 
     #[test]
@@ -83,7 +85,7 @@ mod tests {
 
     #[test]
     fn only_sane_offenders_are_answered() {
-        let cases: &[(&str, fn(&mut Vec<u8>))] = &[
+        let cases: &[(&str, Change)] = &[
             ("ICMP", |p| p[9] = 1),
             ("later fragment", |p| p[7] = 9),
             ("60-byte header", |p| {
