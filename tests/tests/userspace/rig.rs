@@ -5,6 +5,7 @@
 use std::{
     any::Any,
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    os::fd::AsRawFd,
     process::Command,
     sync::{
         atomic::{AtomicU64, Ordering},
@@ -25,6 +26,8 @@ use nix::{
     sched::{CloneFlags, unshare},
     unistd::gettid,
 };
+
+use crate::wire::{self, Tap, Way, one_hop_on};
 
 pub(crate) const PORT: u16 = 8285;
 pub(crate) const DEVICE: &str = "flannel0";
@@ -193,6 +196,14 @@ pub(crate) fn count(tunnel: &UserTunnel, counter: Counter) -> Count {
     tunnel.counters().counts[counter as usize]
 }
 
+/// Waits until so many packets are counted: a packet can be seen elsewhere before its own thread has counted it.
+pub(crate) fn counts(tunnel: &UserTunnel, counter: Counter, packets: u64) -> Result<()> {
+    eventually(&format!("{packets} packets are counted as {}", counter.name()), || {
+        count(tunnel, counter).packets == packets
+    })
+    .with_context(|| format!("{:?}", count(tunnel, counter)))
+}
+
 /// Counts every reason a packet was not delivered.
 pub(crate) fn drops(tunnel: &UserTunnel) -> Vec<(&'static str, u64)> {
     let counts = tunnel.counters().counts;
@@ -209,6 +220,62 @@ pub(crate) fn udp(node: &Namespace, address: Ipv4Addr, port: u16) -> Result<UdpS
     let socket = node.run(move || UdpSocket::bind(SocketAddrV4::new(address, port)))?;
     socket.set_read_timeout(Some(Duration::from_secs(2)))?;
     Ok(socket)
+}
+
+pub(crate) fn set_option(socket: &UdpSocket, level: i32, option: i32, value: i32) -> Result<()> {
+    let length = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the value is an int of that length.
+    let set =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+    ensure!(set == 0, "option {option}: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// A node with a tunnel, and a plain socket in the peer's place.
+pub(crate) struct Half {
+    pub(crate) rig: Rig,
+    pub(crate) tunnel: UserTunnel,
+    /// On the device: its packets are the tunnel's input, what it captures was delivered.
+    pub(crate) device: Tap,
+    /// The peer's socket.
+    pub(crate) peer: UdpSocket,
+    /// Takes what is delivered, so that the host does not answer with ICMP.
+    _pod: UdpSocket,
+}
+
+impl Half {
+    pub(crate) fn new(check: SourceCheck) -> Result<Self> {
+        let rig = Rig::new()?;
+        let tunnel = start(&rig.a, config(A, check, Role::WholePath))?;
+        tunnel.set_peers(vec![(B.lease(), B.node)]);
+        let device = Tap::open(&rig.a, DEVICE)?;
+        let peer = udp(&rig.b, B.node, PORT)?;
+        peer.set_read_timeout(Some(Duration::from_millis(200)))?;
+        let _pod = udp(&rig.a, A.pod, 40001)?;
+        Ok(Self { rig, tunnel, device, peer, _pod })
+    }
+
+    /// What the peer gets for a packet that is routed to the device.
+    pub(crate) fn outbound(&self, packet: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.device.send(packet)?;
+        let mut got = vec![0; 70_000];
+        match self.peer.recv_from(&mut got) {
+            Ok((length, from)) => {
+                ensure!(from == SocketAddrV4::new(A.node, PORT).into(), "from {from}");
+                got.truncate(length);
+                Ok(Some(got))
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// What is delivered for a datagram from the peer. A marker sent behind it says when to stop waiting.
+    pub(crate) fn inbound(&self, datagram: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let marker = wire::udp(B.pod, A.pod, format!("marker {}", unique()).as_bytes());
+        self.peer.send_to(datagram, (A.node, PORT))?;
+        self.peer.send_to(&marker, (A.node, PORT))?;
+        self.device.until(Way::In, &one_hop_on(&marker))
+    }
 }
 
 /// Looks again until `condition` holds, for at most two seconds.

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
 use crate::rig::Namespace;
@@ -110,6 +110,23 @@ impl Tap {
             }
         }
         found
+    }
+
+    /// IPv4 packets that go `way` before `marker` does. The marker must come within a second.
+    pub(crate) fn until(&self, way: Way, marker: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let mut found = Vec::new();
+        loop {
+            match self.next() {
+                Some((went, packet)) if went == way && packet == marker => return Ok(found),
+                Some((went, packet)) if went == way && packet[0] >> 4 == 4 => found.push(packet),
+                Some(_) => {}
+                None if Instant::now() > deadline => {
+                    bail!("the marker did not come; before it: {found:02x?}")
+                }
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
     }
 }
 
