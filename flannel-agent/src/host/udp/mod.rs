@@ -1,3 +1,4 @@
 //! The udp tunnel.
 
 pub mod object;
+pub mod userspace;
