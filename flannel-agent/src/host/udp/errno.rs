@@ -7,10 +7,10 @@ use std::io;
 use aya::EbpfError;
 use aya::maps::MapError;
 use aya::pin::PinError;
+use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
 use aya::programs::tc::TcError;
 use aya::programs::xdp::XdpError;
-use aya::programs::ProgramError;
 use nix::errno::Errno;
 
 use crate::host::HostError;
@@ -49,6 +49,12 @@ pub struct Refusal {
 impl Refusal {
     pub(super) fn new(doing: impl Into<String>, reason: impl Into<String>) -> Self {
         Self { doing: doing.into(), reason: reason.into(), errno: None }
+    }
+
+    /// Without what was being done.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
     }
 
     pub(super) fn from_io(doing: impl Into<String>, error: &io::Error) -> Self {
@@ -163,7 +169,11 @@ mod tests {
 
     #[test]
     fn errors_carry_the_symbol_and_the_words() {
-        assert!(describe(libc::EOPNOTSUPP).starts_with("operation not supported"), "{}", describe(libc::EOPNOTSUPP));
+        assert!(
+            describe(libc::EOPNOTSUPP).starts_with("operation not supported"),
+            "{}",
+            describe(libc::EOPNOTSUPP)
+        );
         assert!(describe(libc::EBUSY).ends_with("(EBUSY)"));
         assert_eq!(describe(99_999), "error 99999");
     }

@@ -10,7 +10,7 @@ use std::io;
 use std::net::Ipv4Addr;
 
 use aya::Ebpf;
-use aya::maps::{HashMap, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues};
+use aya::maps::{HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues};
 use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
 use flannel_common::peer::{MAX_PEERS, Peer, PeerCount, PeerKey};
 
@@ -101,7 +101,6 @@ pub fn discard_strangers(pins: &PinFolder) -> Result<(), Refusal> {
 }
 
 /// The maps of a running tunnel.
-#[derive(Debug)]
 pub struct Maps {
     peers: HashMap<MapData, PeerKey, Peer>,
     counters: PerCpuArray<MapData, Count>,
@@ -135,8 +134,11 @@ impl Maps {
     fn adopt_indexes(&mut self) -> Result<(), Refusal> {
         for (subnet, peer) in self.entries()? {
             if !self.indexes.take(peer.index) {
-                tracing::warn!("adopted peer at {subnet} has counter index {}, which can't be; dropped", peer.index);
-                self.remove(subnet)?;
+                tracing::warn!(
+                    "adopted peer at {subnet} has counter index {}, which can't be; dropped",
+                    peer.index
+                );
+                self.delete(to_wire(subnet)).map_err(|e| Refusal::from_map("clean map PEERS", &e))?;
             }
         }
         Ok(())
@@ -214,11 +216,7 @@ impl Maps {
             .indexes
             .lowest_free()
             .ok_or_else(|| Refusal::new(doing(), format!("the map holds at most {MAX_PEERS} peers")))?;
-        let cpus = self
-            .peer_counters
-            .get(&index, 0)
-            .map_err(|e| Refusal::from_map(doing(), &e))?
-            .len();
+        let cpus = self.peer_counters.get(&index, 0).map_err(|e| Refusal::from_map(doing(), &e))?.len();
         let zeros = PerCpuValues::try_from(vec![PeerCount::default(); cpus])
             .map_err(|e: io::Error| Refusal::from_io(doing(), &e))?;
         self.peer_counters.set(index, zeros, 0).map_err(|e| Refusal::from_map(doing(), &e))?;
@@ -233,19 +231,19 @@ impl Maps {
     pub fn remove(&mut self, subnet: Ipv4Addr) -> Result<(), Refusal> {
         let key = to_wire(subnet);
         let index = self.peers.get(&key, 0).ok().map(|peer| peer.index);
+        self.delete(key)
+            .map_err(|e| Refusal::from_map(format!("remove the map entry of peer {subnet}"), &e))?;
+        if let Some(index) = index {
+            self.indexes.free(index);
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, key: PeerKey) -> Result<(), MapError> {
         match self.peers.remove(&key) {
-            Ok(()) => {
-                // An index that was refused on adoption belongs to another entry.
-                if let Some(index) = index
-                    && !self.entries()?.values().any(|peer| peer.index == index)
-                {
-                    self.indexes.free(index);
-                }
-                Ok(())
-            }
             Err(MapError::KeyNotFound) => Ok(()),
             Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            Err(e) => Err(Refusal::from_map(format!("remove the map entry of peer {subnet}"), &e)),
+            result => result,
         }
     }
 

@@ -52,7 +52,8 @@ pub(super) fn attach(program: &mut SchedClassifier, hook: &Hook<'_>, name: &str)
             program.attach_to_link(old)
         }
         Some(other) => {
-            let reason = format!("priority {PRIORITY} is taken by the filter {:?} of someone else", other.name);
+            let reason =
+                format!("priority {PRIORITY} is taken by the filter {:?} of someone else", other.name);
             return Err(Refusal::new(doing(), reason));
         }
         None => {
@@ -192,7 +193,8 @@ mod tests {
     #[test]
     fn the_name_tells_whose_filter_it_is() {
         let options =
-            [attribute(TCA_BPF_NAME, b"flannel_encap\0"), attribute(TCA_BPF_ID, &7_u32.to_ne_bytes())].concat();
+            [attribute(TCA_BPF_NAME, b"flannel_encap\0"), attribute(TCA_BPF_ID, &7_u32.to_ne_bytes())]
+                .concat();
         let body = [vec![0; 20], attribute(TCA_KIND, b"bpf\0"), attribute(TCA_OPTIONS, &options)].concat();
         let wanted = Filter { name: "flannel_encap".to_owned(), program: Some(7) };
         assert_eq!(parse(&answer(RTM_NEWTFILTER, &body)).unwrap(), Some(wanted));

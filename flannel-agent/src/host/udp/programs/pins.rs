@@ -73,7 +73,8 @@ impl PinFolder {
     /// `bpffs` is no bpffs and can't be made one, or missing permission.
     pub fn prepare(&self, bpffs: &Path) -> Result<(), Refusal> {
         ensure_bpffs(bpffs)?;
-        let failed = |e: &io::Error| Refusal::from_io(format!("make the folder {}", self.current.display()), e);
+        let failed =
+            |e: &io::Error| Refusal::from_io(format!("make the folder {}", self.current.display()), e);
         fs::create_dir_all(&self.current).map_err(|e| failed(&e))?;
         for other in self.other_versions() {
             tracing::info!("taking over the links of another layout version in {}", other.display());
@@ -91,9 +92,9 @@ impl PinFolder {
     /// Whether an earlier run left anything here.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
-        names_in(&self.device)
-            .iter()
-            .any(|version| names_in(&self.device.join(version)).iter().any(|name| name.starts_with(LINK_PREFIX)))
+        names_in(&self.device).iter().any(|version| {
+            names_in(&self.device.join(version)).iter().any(|name| name.starts_with(LINK_PREFIX))
+        })
     }
 
     #[must_use]
@@ -141,18 +142,14 @@ impl PinFolder {
         Ok(())
     }
 
-    /// Remembers that XDP decapsulates here but its marks don't arrive.
-    pub(crate) fn note_xdp_disproved(&self) -> Result<(), Refusal> {
-        self.make_note(&self.current.join(XDP_DISPROVED))
+    /// Remembers that XDP decapsulates on this interface but its marks don't arrive. An interface that is made anew has
+    /// another index, and deserves another proof.
+    pub(crate) fn note_xdp_disproved(&self, ifindex: u32) -> Result<(), Refusal> {
+        self.make_note(&self.current.join(XDP_DISPROVED).join(ifindex.to_string()))
     }
 
-    pub(crate) fn is_xdp_disproved(&self) -> bool {
-        self.current.join(XDP_DISPROVED).exists()
-    }
-
-    /// Forgets [`PinFolder::note_xdp_disproved`]: another interface deserves another proof.
-    pub(crate) fn forget_xdp_disproved(&self) {
-        let _ = fs::remove_dir(self.current.join(XDP_DISPROVED));
+    pub(crate) fn is_xdp_disproved(&self, ifindex: u32) -> bool {
+        self.current.join(XDP_DISPROVED).join(ifindex.to_string()).exists()
     }
 
     /// Remembers that an offload of `device` was switched to `to`.
@@ -189,7 +186,8 @@ impl PinFolder {
     }
 
     fn make_note(&self, path: &Path) -> Result<(), Refusal> {
-        fs::create_dir_all(path).map_err(|e| Refusal::from_io(format!("make the note {}", path.display()), &e))
+        fs::create_dir_all(path)
+            .map_err(|e| Refusal::from_io(format!("make the note {}", path.display()), &e))
     }
 
     fn other_versions(&self) -> Vec<PathBuf> {
@@ -322,7 +320,8 @@ mod tests {
         let (root, pins) = folder();
         fs::write(pins.link(LinkPin::Encap), "").unwrap();
         fs::write(pins.map("peers"), "").unwrap();
-        pins.note_xdp_disproved().unwrap();
+        pins.note_xdp_disproved(7).unwrap();
+        assert!(pins.is_xdp_disproved(7) && !pins.is_xdp_disproved(8));
         pins.remove_all().unwrap();
         assert_eq!(names_in(root.path()), Vec::<String>::new());
         pins.remove_all().unwrap();

@@ -8,7 +8,7 @@ use std::{
 
 use flannel_common::{
     counter::Counter,
-    header::{Arrival, Verdict, admit},
+    header::{Arrival, NO_PEER, Verdict, admit},
     peer,
 };
 use nix::poll::PollFlags;
@@ -115,7 +115,7 @@ fn accept<'p>(
     if let Some(reason) = delivery.observed {
         shared.inbound.add(reason, 1, total);
     }
-    if let (Some(sender), Some(_)) = (sender, delivery.peer) {
+    if let Some(sender) = sender.filter(|_| delivery.peer != NO_PEER) {
         sender.traffic.received(total as u64);
     }
     delivery.rewrite.apply(head_mut(datagram)?);
