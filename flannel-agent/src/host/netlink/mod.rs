@@ -381,7 +381,7 @@ impl fmt::Display for Failure {
 }
 
 /// An OS error as part of a sentence, with the remedy where there is only one.
-fn describe_io(error: &io::Error) -> String {
+pub(super) fn describe_io(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EPERM) => "operation not permitted: needs CAP_NET_ADMIN".to_owned(),
         Some(errno) => nix::errno::Errno::from_raw(errno).desc().to_lowercase(),
