@@ -2,6 +2,8 @@
 //!
 //! `ip` from iproute2 plays everybody else: it does the damage, and it is the second opinion on what we did.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 use std::future::Future;
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr};
@@ -54,10 +56,7 @@ fn main() -> ExitCode {
 type Outcome = Result<(), HostError>;
 
 /// Runs `body` on a thread, and a runtime, that live in a network namespace of their own.
-fn trial<F: Future<Output = Outcome>>(name: &str, body: fn() -> F) -> Trial
-where
-    F: 'static,
-{
+fn trial<F: Future<Output = Outcome> + 'static>(name: &str, body: fn() -> F) -> Trial {
     Trial::test(name, move || {
         let thread = std::thread::spawn(move || -> Result<(), Failed> {
             unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("unshare the network namespace: {e}"))?;

@@ -108,7 +108,12 @@ impl LinuxHost {
 
     async fn put_link(&self, link: &Link) -> Result<(), HostError> {
         match link.kind {
-            LinkKind::Tun => userspace::ensure_device(&link.name)?,
+            // A running tunnel's device is not opened once more: packets would go to the queue that nobody reads.
+            LinkKind::Tun => {
+                if !self.netlink.link(&link.name).await?.is_some_and(|found| is_as_made(&found)) {
+                    userspace::ensure_device(&link.name)?;
+                }
+            }
         }
         self.netlink.set_mtu(&link.name, link.mtu).await?;
         self.netlink.set_up(&link.name).await
@@ -301,6 +306,11 @@ impl Scope {
     }
 }
 
+/// A TUN with the flags that [`LinkKind::Tun`] stands for.
+fn is_as_made(link: &LinkInfo) -> bool {
+    link.tun.is_some_and(|tun| tun.persistent && tun.multi_queue && tun.vnet_header)
+}
+
 fn names(links: &[LinkInfo]) -> HashMap<u32, String> {
     links.iter().map(|link| (link.index, link.name.clone())).collect()
 }
@@ -345,7 +355,7 @@ mod tests {
     fn scope() -> Scope {
         Scope {
             devices: vec!["flannel0".into()],
-            networks: vec!["10.5.0.0/16".parse().unwrap(), "fd00:5::/48".parse().unwrap()],
+            networks: vec!["10.5.0.0/16".parse().unwrap(), "fd00:5::/32".parse().unwrap()],
         }
     }
 
