@@ -54,8 +54,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Receive buffer in bytes, beyond `net.core.rmem_max`: a route dump's or event storm's worth.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// A dump that was interrupted by a change is asked for again this often, then taken as it is: the event that the
-/// change caused brings the next one.
+/// A dump that was interrupted by a change is asked for this often, then taken as it is: the event that the change
+/// caused brings the next one.
 const DUMP_ATTEMPTS: u32 = 4;
 
 /// A connection to the kernel's routing tables in the network namespace of the thread that made it. Clones share it.
@@ -197,16 +197,21 @@ impl Netlink {
     async fn dump(&self, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Failure> {
         let mut attempt = 1;
         loop {
-            let answer = self
-                .exchange(vec![request(message.clone(), NLM_F_DUMP)])
-                .await
-                .pop()
-                .unwrap_or(Err(Failure::Closed))?;
+            let last = attempt == DUMP_ATTEMPTS;
+            attempt += 1;
+            let requests = vec![request(message.clone(), NLM_F_DUMP)];
+            let answer = match self.exchange(requests).await.pop().unwrap_or(Err(Failure::Closed)) {
+                // A dump whose caller has gone is still under way.
+                Err(failure) if failure.is(libc::EBUSY) && !last => {
+                    tokio::time::sleep(Duration::from_millis(25)).await;
+                    continue;
+                }
+                answer => answer?,
+            };
             let interrupted = answer.iter().any(|m| m.header.flags & NLM_F_DUMP_INTR != 0);
-            if !interrupted || attempt == DUMP_ATTEMPTS {
+            if !interrupted || last {
                 return Ok(answer.into_iter().filter_map(inner).collect());
             }
-            attempt += 1;
         }
     }
 }
@@ -381,7 +386,7 @@ impl fmt::Display for Failure {
 }
 
 /// An OS error as part of a sentence, with the remedy where there is only one.
-fn describe_io(error: &io::Error) -> String {
+pub(super) fn describe_io(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EPERM) => "operation not permitted: needs CAP_NET_ADMIN".to_owned(),
         Some(errno) => nix::errno::Errno::from_raw(errno).desc().to_lowercase(),
