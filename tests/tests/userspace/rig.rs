@@ -152,7 +152,21 @@ impl Rig {
             node.ip(&format!("link set {DEVICE} mtu {MTU} up"))?;
             node.ip(&format!("route add 10.244.0.0/16 dev {DEVICE} src {}", identity.pod))?;
         }
+        rig.settle_underlay()?;
         Ok(rig)
+    }
+
+    /// Waits until the veth pair carries packets both ways and the nodes know each other's link-layer address.
+    fn settle_underlay(&self) -> Result<()> {
+        let (a, b) = (udp(&self.a, A.node, 9)?, udp(&self.b, B.node, 9)?);
+        let passes = |from: &UdpSocket, to: &UdpSocket| {
+            let sent = to.local_addr().and_then(|address| from.send_to(b"probe", address));
+            sent.is_ok() && to.recv(&mut [0; 10]).is_ok()
+        };
+        for socket in [&a, &b] {
+            socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+        }
+        eventually("the underlay carries packets", || passes(&a, &b) && passes(&b, &a))
     }
 
     /// The same with a tunnel on each node that knows the other.
@@ -189,7 +203,20 @@ pub(crate) fn config(identity: Identity, source_check: SourceCheck, role: Role) 
 }
 
 pub(crate) fn start(node: &Namespace, config: UserTunnelConfig) -> Result<UserTunnel> {
-    Ok(node.run(|| UserTunnel::start(config))?)
+    let tunnel = node.run(|| UserTunnel::start(config))?;
+    settle_device(node)?;
+    Ok(tunnel)
+}
+
+/// Waits until the device's queue takes packets. It got a carrier by the tunnel's start, but the kernel acts on that in
+/// the background and drops packets until then.
+fn settle_device(node: &Namespace) -> Result<()> {
+    let (sender, observer) = (Tap::open(node, DEVICE)?, Tap::open(node, DEVICE)?);
+    // A tunnel takes no notice of IPv6.
+    let probe = [0x60; 40];
+    eventually("the device takes packets", || {
+        sender.send(&probe).is_ok() && observer.has_seen(Way::Out, &probe)
+    })
 }
 
 pub(crate) fn count(tunnel: &UserTunnel, counter: Counter) -> Count {
