@@ -150,14 +150,14 @@ pub(crate) fn checksums_left_to_us_are_right_on_the_wire() -> Result<()> {
     let mut got = [0; 2000];
     for size in [0, 1, 100, 1444] {
         pod.send_to(&vec![5; size], (B.pod, 7001))?;
-        let (length, _) = half.peer.recv_from(&mut got)?;
+        let (length, _) = rig::receive(&half.peer, &mut got)?;
         assert_eq!(wire::transport_residue(&got[..length]), 0, "UDP of {size} bytes");
     }
     // A SYN nobody answers.
     let _ = half.rig.a.run(|| {
         TcpStream::connect_timeout(&SocketAddrV4::new(B.pod, 7002).into(), Duration::from_millis(50))
     });
-    let (length, _) = half.peer.recv_from(&mut got)?;
+    let (length, _) = rig::receive(&half.peer, &mut got)?;
     assert_eq!((got[9], wire::transport_residue(&got[..length])), (6, 0), "TCP");
     Ok(())
 }

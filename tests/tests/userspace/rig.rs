@@ -4,7 +4,8 @@
 
 use std::{
     any::Any,
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    io,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket},
     os::fd::AsRawFd,
     process::Command,
     sync::{
@@ -254,7 +255,7 @@ pub(crate) fn set_option(socket: &UdpSocket, level: i32, option: i32, value: i32
     // SAFETY: the value is an int of that length.
     let set =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
-    ensure!(set == 0, "option {option}: {}", std::io::Error::last_os_error());
+    ensure!(set == 0, "option {option}: {}", io::Error::last_os_error());
     Ok(())
 }
 
@@ -286,7 +287,7 @@ impl Half {
     pub(crate) fn outbound(&self, packet: &[u8]) -> Result<Option<Vec<u8>>> {
         self.device.send(packet)?;
         let mut got = vec![0; 70_000];
-        match self.peer.recv_from(&mut got) {
+        match receive(&self.peer, &mut got) {
             Ok((length, from)) => {
                 ensure!(from == SocketAddrV4::new(A.node, PORT).into(), "from {from}");
                 got.truncate(length);
@@ -302,6 +303,16 @@ impl Half {
         self.peer.send_to(datagram, (A.node, PORT))?;
         self.peer.send_to(&marker, (A.node, PORT))?;
         self.device.until(Way::In, &one_hop_on(&marker))
+    }
+}
+
+/// One datagram and its sender. With a timeout set the kernel does not resume an interrupted call by itself.
+pub(crate) fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
     }
 }
 
