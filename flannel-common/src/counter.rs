@@ -2,7 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// Value of `COUNTERS`, one per CPU. Bytes are those of inner packets where the inner length is known.
+/// Value of `COUNTERS`, one per CPU. A GSO packet counts as many packets as it has segments. Bytes are those of inner
+/// packets, or of the whole frame where no inner packet was recognised; a GSO packet's headers count once.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Count {
@@ -53,6 +54,8 @@ counters! {
     TtlExpired = "ttl_expired", true;
     /// Decapsulated by XDP.
     DecapXdp = "decap_xdp", false;
+    /// Marked by XDP but left whole (`XDP_PROBE`); to be compared with `MarkSeen`.
+    MarkSent = "mark_sent", false;
     /// XDP's mark was seen by tc ingress.
     MarkSeen = "mark_seen", false;
     /// XDP could not write metadata; the packet took the tc way untouched.
@@ -79,6 +82,8 @@ counters! {
     EcnRefused = "ecn_refused", true;
     /// The socket or the device did not take the packet (user space).
     SendFailed = "send_failed", true;
+    /// Inner packet larger than the device's MTU (user space; flanneld delivered its beginning).
+    Oversize = "oversize", true;
 }
 
 /// Entries of `COUNTERS`: room for more reasons without a new layout.

@@ -19,7 +19,8 @@ pub struct Peer {
     pub index: u32,
 }
 
-/// Value of `PEER_COUNTERS`, one per CPU. Bytes are those of inner packets.
+/// Value of `PEER_COUNTERS`, one per CPU, in the units of [`Count`](crate::counter::Count). Received packets count when
+/// their source lies in the peer's subnet and they came from its node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct PeerCount {

@@ -4,6 +4,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::peer::PeerKey;
+
 /// Addresses, masks and port are in network byte order, as they stand in the packet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -27,6 +29,22 @@ pub struct Settings {
     pub port: u16,
     /// `flags` bits below.
     pub flags: u16,
+}
+
+impl Settings {
+    /// Key of the subnet an address lies in: all leases of a network share their length.
+    #[inline(always)]
+    #[must_use]
+    pub const fn peer_key(&self, address: u32) -> PeerKey {
+        address & self.subnet_mask
+    }
+
+    /// Whether an address lies in the overlay network.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_in_network(&self, address: u32) -> bool {
+        address & self.network_mask == self.network
+    }
 }
 
 /// Packets from a node that does not lease their source, or not meant for our subnet: drop them.

@@ -1,3 +1,5 @@
 //! The lab: what the tests of this package share.
 
 pub mod etcd;
+pub mod privilege;
+pub mod programs;
