@@ -1,1 +1,152 @@
-//! What a running agent says of itself.
+//! What a running agent says of itself, and the unix socket it says it on.
+//!
+//! One connection, one JSON document, end. `flannel-agent status` and the demo read it; the agent's loop writes it,
+//! so an answer also shows that the loop is alive. Nothing can be changed through the socket.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::host::udp::TunnelReport;
+
+/// The whole answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    pub interface: InterfaceStatus,
+    /// Networks of the overlay, one per address family.
+    pub networks: Vec<String>,
+    /// Our lease, as in the lease key (`10.244.3.0-24`).
+    pub lease: String,
+    /// Our IPv4 subnet, else the IPv6 one.
+    pub subnet: String,
+    /// Seconds until the lease runs out; absent for a reservation.
+    pub lease_expires_in: Option<u64>,
+    pub backend: String,
+    /// MTU for pods, in bytes.
+    pub mtu: u32,
+    pub ready: bool,
+    pub not_ready: Vec<String>,
+    pub peers: Vec<PeerStatus>,
+    /// Leases of others that are not believed, and why.
+    pub refused: Vec<RefusedStatus>,
+    pub tunnels: Vec<TunnelReport>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    pub name: String,
+    pub address: IpAddr,
+    pub public_ip: IpAddr,
+    pub mtu: u32,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerStatus {
+    pub subnet: String,
+    pub public_ip: IpAddr,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RefusedStatus {
+    pub key: String,
+    pub reason: String,
+}
+
+/// A question to the agent's loop.
+pub type Question = oneshot::Sender<Status>;
+
+/// How long a reader waits for the loop's answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The socket file is removed when this is dropped.
+pub struct StatusSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl StatusSocket {
+    /// Listens on `path`, readable by root alone. A file left by a killed agent is replaced; a live agent's is not.
+    ///
+    /// # Errors
+    /// The directory can't be made, or another agent answers there.
+    pub async fn bind(path: &Path) -> io::Result<Self> {
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another agent answers there; give each agent of a host its own --status-socket",
+            ));
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+
+    /// Answers until the agent is gone.
+    pub async fn serve(self, agent: mpsc::Sender<Question>) {
+        loop {
+            let Ok((mut stream, _)) = self.listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            let (question, answer) = oneshot::channel();
+            if agent.send(question).await.is_err() {
+                return;
+            }
+            tokio::spawn(async move {
+                let Ok(Ok(status)) = tokio::time::timeout(PATIENCE, answer).await else { return };
+                if let Ok(text) = serde_json::to_vec(&status) {
+                    // A reader that went away is not our trouble.
+                    let _ = tokio::time::timeout(PATIENCE, stream.write_all(&text)).await;
+                }
+            });
+        }
+    }
+}
+
+impl Drop for StatusSocket {
+    fn drop(&mut self) {
+        // Best effort: a stale file is replaced at the next start.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Why no status could be read.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    #[error("no agent answers on {path}: {source}; is flannel-agent running, as this user or root?")]
+    NoAgent { path: String, source: io::Error },
+    #[error("the agent on {0} took the connection but gave no answer within 10 s; its log says what it is busy with")]
+    NoAnswer(String),
+    #[error("the agent on {path} answered something else than a status: {source}")]
+    Garbled { path: String, source: serde_json::Error },
+}
+
+/// Asks the agent on `path`.
+pub async fn read(path: &Path) -> Result<Status, StatusError> {
+    let shown = path.display().to_string();
+    let mut stream = UnixStream::connect(path)
+        .await
+        .map_err(|source| StatusError::NoAgent { path: shown.clone(), source })?;
+    let mut text = Vec::new();
+    match tokio::time::timeout(2 * PATIENCE, stream.read_to_end(&mut text)).await {
+        Ok(Ok(_)) if !text.is_empty() => {}
+        _ => return Err(StatusError::NoAnswer(shown)),
+    }
+    serde_json::from_slice(&text).map_err(|source| StatusError::Garbled { path: shown, source })
+}

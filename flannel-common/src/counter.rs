@@ -82,6 +82,8 @@ counters! {
     EcnRefused = "ecn_refused", true;
     /// The socket or the device did not take the packet (user space).
     SendFailed = "send_failed", true;
+    /// Inner packet larger than the device's MTU (user space; flanneld delivered its beginning).
+    Oversize = "oversize", true;
 }
 
 /// Entries of `COUNTERS`: room for more reasons without a new layout.

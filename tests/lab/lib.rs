@@ -30,6 +30,8 @@ pub mod probe;
 pub mod topology;
 
 #[cfg(feature = "parts")]
+pub mod etcd;
+#[cfg(feature = "parts")]
 pub mod privilege;
 #[cfg(feature = "parts")]
 pub mod programs;

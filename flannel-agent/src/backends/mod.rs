@@ -1,14 +1,21 @@
 //! What the host should look like, as pure functions of our lease and the peers'.
+//!
+//! A backend has no side effects: [`crate::agent`] applies what `desired` returns and keeps it so. A new backend is
+//! one file here, one variant of [`BackendConfig`], and one arm in [`choose`].
 
-pub mod alloc;
-pub mod host_gw;
-pub mod udp;
+mod alloc;
+mod host_gw;
+mod udp;
 
-use crate::domain::host_state::HostState;
+use std::net::IpAddr;
+
+use crate::domain::config::{BackendConfig, NetworkConfig};
+use crate::domain::host_state::{HostState, TunnelOptions};
+use crate::domain::interface::ExternalInterface;
 use crate::domain::lease::{Lease, LeaseAttrs};
 use crate::domain::peers::Peers;
 
-/// One way to make other nodes' subnets reachable. Without side effects: the agent applies what `desired` returns.
+/// One way to make other nodes' subnets reachable.
 pub trait Backend: Send + Sync {
     /// What the others must know of us.
     fn lease_attrs(&self) -> LeaseAttrs;
@@ -18,4 +25,54 @@ pub trait Backend: Send + Sync {
 
     /// Everything of ours that should be on the host.
     fn desired(&self, own: &Lease, peers: &Peers) -> HostState;
+
+    /// Devices the backend creates; what hangs on them is ours.
+    fn devices(&self) -> Vec<String>;
+}
+
+/// What a backend may know of the host it runs on.
+#[derive(Clone, Debug)]
+pub struct BackendContext {
+    pub interface: ExternalInterface,
+    /// Name for a tunnel device, `flannel0` unless another agent has it.
+    pub tunnel_device: String,
+    pub tunnel: TunnelOptions,
+}
+
+/// Why a backend can't work on this host.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BackendError {
+    #[error(
+        "backend host-gw needs the public address on the interface itself: public address {public} is not {address}, \
+         the address of {interface}; leave --public-ip out or choose another backend"
+    )]
+    PublicAddressElsewhere { public: IpAddr, address: IpAddr, interface: String },
+    #[error(
+        "interface {interface} has MTU {mtu}, too small for the {backend} backend: {overhead} bytes of headers leave \
+         less than {least} (RFC 791)"
+    )]
+    MtuTooSmall { backend: &'static str, interface: String, mtu: u32, overhead: u32, least: u32 },
+    #[error("backend {backend} needs an IPv4 network: set EnableIPv4 and Network in the network configuration")]
+    NeedsIpv4 { backend: &'static str },
+}
+
+/// The backend that the configuration asks for.
+pub fn choose(config: &NetworkConfig, context: BackendContext) -> Result<Box<dyn Backend>, BackendError> {
+    Ok(match config.backend {
+        BackendConfig::Udp { port } => Box::new(udp::Udp::new(config, context, port)?),
+        BackendConfig::HostGw => Box::new(host_gw::HostGw::new(context.interface)?),
+        BackendConfig::Alloc => Box::new(alloc::Alloc::new(context.interface)),
+    })
+}
+
+/// What every backend publishes; `backend_type` is flanneld's constant, empty for udp and alloc (contract §3.2).
+fn published(interface: &ExternalInterface, backend_type: &str) -> LeaseAttrs {
+    LeaseAttrs {
+        public_ip: interface.public_ip,
+        public_ipv6: interface.public_ipv6,
+        backend_type: backend_type.to_owned(),
+        backend_data: None,
+        backend_v6_data: None,
+        unknown: serde_json::Map::new(),
+    }
 }

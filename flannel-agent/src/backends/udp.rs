@@ -1,1 +1,101 @@
-//! udp.
+//! The `udp` backend: every inner IPv4 packet bare in a UDP datagram (contract §8.1).
+//!
+//! Says only what should be there: a TUN device with the subnet's base address, a route for the whole network to
+//! it, the tunnel, and one peer per lease. Which tier carries the packets is the host's part.
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::{Backend, BackendContext, BackendError, published};
+use crate::domain::config::NetworkConfig;
+use crate::domain::host_state::{Address, HostItem, HostState, Link, LinkKind, Route, Tunnel, TunnelPeer};
+use crate::domain::lease::{Lease, LeaseAttrs};
+use crate::domain::peers::Peers;
+
+/// Outer IPv4 and UDP header.
+const OVERHEAD: u32 = 28;
+/// Every IPv4 host must be able to take a packet of this size whole (RFC 791 §3.1: 68 is the least a link may have).
+const LEAST_MTU: u32 = 68;
+/// Largest MTU of a TUN device, and largest IPv4 packet.
+const MOST_MTU: u32 = 65535;
+
+pub(super) struct Udp {
+    context: BackendContext,
+    network: Ipv4Net,
+    port: u16,
+    mtu: u32,
+}
+
+impl Udp {
+    pub(super) fn new(
+        config: &NetworkConfig,
+        context: BackendContext,
+        port: u16,
+    ) -> Result<Self, BackendError> {
+        let network = config.v4.as_ref().ok_or(BackendError::NeedsIpv4 { backend: "udp" })?.network;
+        let underlay = context.interface.mtu.min(MOST_MTU);
+        let mtu = underlay.checked_sub(OVERHEAD).filter(|mtu| *mtu >= LEAST_MTU).ok_or_else(|| {
+            BackendError::MtuTooSmall {
+                backend: "udp",
+                interface: context.interface.name.clone(),
+                mtu: context.interface.mtu,
+                overhead: OVERHEAD,
+                least: LEAST_MTU,
+            }
+        })?;
+        Ok(Self { context, network, port, mtu })
+    }
+}
+
+impl Backend for Udp {
+    fn lease_attrs(&self) -> LeaseAttrs {
+        published(&self.context.interface, "")
+    }
+
+    fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    fn desired(&self, own: &Lease, peers: &Peers) -> HostState {
+        let Some(own_subnet) = own.subnets.v4 else { return HostState::new() };
+        let device = &self.context.tunnel_device;
+        let fixed = [
+            HostItem::Link(Link { name: device.clone(), kind: LinkKind::Tun, mtu: self.mtu }),
+            HostItem::Address(Address {
+                device: device.clone(),
+                // Base address of the subnet as a /32, as today's flanneld; the route below is explicit.
+                net: IpNet::V4(Ipv4Net::from(own_subnet.network())),
+            }),
+            HostItem::Tunnel(Tunnel {
+                device: device.clone(),
+                underlay: self.context.interface.name.clone(),
+                local: self.context.interface.address,
+                port: self.port,
+                network: self.network,
+                own_subnet,
+                mtu: self.mtu,
+                options: self.context.tunnel,
+            }),
+            HostItem::Route(Route {
+                destination: self.network.into(),
+                via: None,
+                device: device.clone(),
+                onlink: false,
+                source: None,
+                mtu: None,
+            }),
+        ];
+        // Whatever backend a peer names, it gets our datagrams: flanneld does not look either (contract T6).
+        let peers = peers.iter().filter_map(|peer| {
+            Some(HostItem::TunnelPeer(TunnelPeer {
+                device: device.clone(),
+                subnet: peer.subnets.v4?,
+                node: peer.attrs.public_ip,
+            }))
+        });
+        fixed.into_iter().chain(peers).collect()
+    }
+
+    fn devices(&self) -> Vec<String> {
+        vec![self.context.tunnel_device.clone()]
+    }
+}

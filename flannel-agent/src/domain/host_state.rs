@@ -6,9 +6,13 @@
 //!
 //! `Display` prints lines as `ip` would take them; logs, tests and `--dry-run` share that text.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
+use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -349,4 +353,39 @@ impl fmt::Display for SourcePort {
             Self::Fixed => "fixed",
         })
     }
+}
+
+impl FromStr for Datapath {
+    type Err = String;
+
+    /// The inverse of `Display`; the error lists the words there are.
+    fn from_str(word: &str) -> Result<Self, String> {
+        one_of(word, [Self::Auto, Self::Ebpf, Self::Xdp, Self::Tc, Self::Tun])
+    }
+}
+
+impl FromStr for SourceCheck {
+    type Err = String;
+
+    /// The inverse of `Display`; the error lists the words there are.
+    fn from_str(word: &str) -> Result<Self, String> {
+        one_of(word, [Self::Enforce, Self::Observe, Self::Off])
+    }
+}
+
+impl FromStr for SourcePort {
+    type Err = String;
+
+    /// The inverse of `Display`; the error lists the words there are.
+    fn from_str(word: &str) -> Result<Self, String> {
+        one_of(word, [Self::Flow, Self::Fixed])
+    }
+}
+
+/// The choice that prints itself as `word`.
+fn one_of<T: fmt::Display + Copy, const N: usize>(word: &str, choices: [T; N]) -> Result<T, String> {
+    choices
+        .into_iter()
+        .find(|choice| choice.to_string() == word)
+        .ok_or_else(|| format!("must be one of {}", choices.map(|choice| choice.to_string()).join(", ")))
 }

@@ -9,3 +9,4 @@ pub mod host_state;
 pub mod interface;
 pub mod lease;
 pub mod peers;
+pub mod wording;

@@ -1,6 +1,11 @@
-//! The only code that touches the kernel.
+//! The only code that touches the kernel: it makes a host look as the domain says, and says what it looks like.
+//!
+//! [`Host`] is the seam. [`linux::LinuxHost`] is the real one, [`fake::FakeHost`] the one of tests. Both are told
+//! everything as [`Change`]s and tell everything as [`HostState`]; what is ours and what is not is decided here and
+//! nowhere else.
 
 pub mod fake;
+pub mod interfaces;
 pub mod linux;
 pub mod netlink;
 pub mod sysctl;
@@ -25,11 +30,18 @@ pub trait Host: Send {
 }
 
 /// What was being done to which thing, and why it failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{doing}: {reason}")]
 pub struct HostError {
     /// "add route 10.1.2.0/24 via 10.0.0.2"
     pub doing: String,
     /// The kernel's answer, with the likely cause where we know it.
     pub reason: String,
+}
+
+impl HostError {
+    /// Both parts in lower case, as halves of one sentence.
+    pub fn new(doing: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { doing: doing.into(), reason: reason.into() }
+    }
 }

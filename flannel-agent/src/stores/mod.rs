@@ -1,13 +1,22 @@
 //! Where leases live.
+//!
+//! A store keeps the network's configuration and one lease per node. It is not trusted: what others wrote is decoded
+//! entry by entry, an entry that can't be understood is reported as such, and it never hides the others.
+//!
+//! Time is kept by the store. A [`Lease`] carries the moment of its end by this host's monotonic clock, worked out
+//! from the time to live the store names, so no two clocks are ever compared.
 
 pub mod etcd;
 pub mod memory;
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
+use crate::domain::allocator::{NoSubnet, Previous, Wish};
 use crate::domain::config::NetworkConfig;
-use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Subnets};
+use crate::domain::lease::{Lease, LeaseAttrs, LeaseError, LeaseEvent, Subnets, Unreadable};
 
 /// What a node asks for when it takes a lease.
 #[derive(Clone, Debug)]
@@ -18,6 +27,17 @@ pub struct LeaseRequest {
     pub previous: Option<Subnets>,
     /// Only `previous` will do: a running node never changes its subnet.
     pub previous_only: bool,
+}
+
+impl LeaseRequest {
+    fn wish(&self) -> Wish<'_> {
+        let previous = match self.previous {
+            None => Previous::None,
+            Some(subnets) if self.previous_only => Previous::Only(subnets),
+            Some(subnets) => Previous::Preferred(subnets),
+        };
+        Wish { config: &self.config, public_ip: self.attrs.public_ip, previous }
+    }
 }
 
 /// A store of leases. Every implementation passes the contract suite in `tests/`.
@@ -52,4 +72,36 @@ pub enum StoreError {
     /// Will not get better by itself: credentials, certificates, permissions.
     #[error("{store} refused: {reason}")]
     Refused { store: String, reason: String },
+}
+
+impl StoreError {
+    fn no_subnet(error: NoSubnet, store: &str) -> Self {
+        let text = error.to_string();
+        match error {
+            NoSubnet::Exhausted { .. } => Self::OutOfSubnets(text),
+            NoSubnet::PreviousTaken { subnets, .. } | NoSubnet::PreviousUnfit(subnets) => {
+                Self::LeaseLost { subnets, reason: text }
+            }
+            NoSubnet::Ipv6Only | NoSubnet::NoPublicIp => {
+                Self::Refused { store: store.to_owned(), reason: text }
+            }
+        }
+    }
+}
+
+/// How long a lease lives without renewal: 24 h, as with flanneld. Never shortened, old daemons rely on it.
+pub const LEASE_TTL: Duration = Duration::from_secs(86400);
+
+/// What [`StoreError::NoConfig`] suggests to write.
+const CONFIG_EXAMPLE: &str = r#"{"Network":"10.244.0.0/16"}"#;
+
+/// Tells leases from other entries. `key` is the whole key, `last` its part behind the leases' folder.
+fn decode(key: &str, last: &str, value: &[u8]) -> Result<(Subnets, LeaseAttrs), Unreadable> {
+    let unreadable = |error: LeaseError| Unreadable { key: key.to_owned(), reason: error.to_string() };
+    let subnets = last.parse().map_err(unreadable)?;
+    let value = std::str::from_utf8(value).map_err(|error| Unreadable {
+        key: key.to_owned(),
+        reason: format!("the value is not text: {error}"),
+    })?;
+    Ok((subnets, LeaseAttrs::from_json(value).map_err(unreadable)?))
 }

@@ -1,3 +1,182 @@
-//! The udp tunnel.
+//! The udp tunnel: inner packets in datagrams, by the best means this kernel and interface have.
+//!
+//! ```text
+//! pod ─ cni0 ─ netfilter ─► flannel0 ─ tc: flannel_encap ─────────────────────────► underlay ─ wire
+//!                               └ unknown destination ─► userspace/ (answers as flanneld does)
+//! pod ─ cni0 ─ netfilter ◄─ flannel0 ◄─ tc: flannel_ingress ◄─ XDP: flannel_decap_xdp ◄─ underlay ─ wire
+//!                               ▲            └ no XDP: decapsulates, TCP through the GRO pair
+//!                               └ userspace/ ◄─ UDP socket ◄─ fragments, IP options, odd lengths
+//! ```
+//!
+//! | file | knows |
+//! |---|---|
+//! | [`ladder`] | which tier, and why |
+//! | [`programs`] | load, attach, pin, take over |
+//! | [`maps`] | peers in, counts out |
+//! | [`gro_pair`], [`underlay`], [`ethtool`] | the devices around it |
+//! | [`proof`] | whether XDP's marks arrive |
+//! | [`userspace`] | the tunnel without BPF |
+//!
+//! Links and maps are pinned: packets flow on when the agent ends, however it ends, and [`Tunnels::put`] of the next
+//! agent takes them over. [`Tunnels::remove`] is the only thing that takes a tunnel away.
 
+mod errno;
+pub mod ethtool;
+pub mod gro_pair;
+pub mod ladder;
+pub mod maps;
 pub mod object;
+pub mod programs;
+pub mod proof;
+mod report;
+mod running;
+pub mod underlay;
+pub mod userspace;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub use errno::Refusal;
+pub use ladder::Tier;
+pub use report::{PeerReport, Tally, TunnelReport};
+use running::Running;
+
+use super::HostError;
+use super::netlink::{Netlink, NextHop};
+use crate::domain::host_state::{HostItem, Tunnel, TunnelPeer};
+
+/// How often links and threads are looked at: what breaks without a netlink event is noticed within half a second, for
+/// about twenty system calls.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// The tunnels of this host; one per network.
+///
+/// Everything happens in the network namespace of the threads that call, which must be the one `netlink` was opened in.
+pub struct Tunnels {
+    netlink: Netlink,
+    bpffs: PathBuf,
+    tunnels: BTreeMap<String, Running>,
+    next_look: Instant,
+}
+
+impl Tunnels {
+    /// Nothing is touched yet. `bpffs` is where pins go, `/sys/fs/bpf` on a host; it is mounted when a tunnel needs it.
+    #[must_use]
+    pub fn new(netlink: Netlink, bpffs: PathBuf) -> Self {
+        Self { netlink, bpffs, tunnels: BTreeMap::new(), next_look: Instant::now() }
+    }
+
+    /// Brings the tunnel up on its device, which must exist; or changes or repairs the one that is up; or takes over
+    /// what an earlier agent pinned, with its peers. What is in place is not touched.
+    ///
+    /// # Errors
+    /// The device or the underlay is missing, the port is taken, or `--udp-datapath` names a tier that does not work
+    /// here. What ran before still runs; what did not leaves nothing behind.
+    pub async fn put(&mut self, tunnel: &Tunnel) -> Result<(), HostError> {
+        let mut running = self.tunnels.remove(&tunnel.device).unwrap_or_else(|| Running::new(tunnel.clone()));
+        let keep = running.is_up() || running::has_pins(&self.bpffs, tunnel);
+        let result = running.bring_up(&self.netlink, &self.bpffs, tunnel).await;
+        if result.is_ok() || running.is_up() {
+            self.tunnels.insert(tunnel.device.clone(), running);
+        } else if !keep && let Err(e) = ladder::tear_down(&self.netlink, &self.bpffs, tunnel).await {
+            tracing::warn!("cleaning up after a tunnel that did not come up: {e}");
+        }
+        result
+    }
+
+    /// Takes the tunnel away: links, maps, GRO pair, pins, user-space path. The device stays, and stays up. Nothing
+    /// there is a success.
+    ///
+    /// # Errors
+    /// What could not be removed; everything else was.
+    pub async fn remove(&mut self, tunnel: &Tunnel) -> Result<(), HostError> {
+        self.tunnels.remove(&tunnel.device);
+        ladder::tear_down(&self.netlink, &self.bpffs, tunnel).await
+    }
+
+    /// Adds or moves peers; one result per peer.
+    pub async fn put_peers(&mut self, peers: &[TunnelPeer]) -> Vec<Result<(), HostError>> {
+        let nodes: Vec<Ipv4Addr> =
+            peers.iter().map(|peer| peer.node).collect::<BTreeSet<_>>().into_iter().collect();
+        let hops: BTreeMap<Ipv4Addr, Result<NextHop, HostError>> =
+            nodes.iter().copied().zip(self.netlink.next_hops(&nodes).await).collect();
+        self.for_each(peers, "put", |running, peer| match hops.get(&peer.node) {
+            Some(hop) => running.put_peer(peer, hop),
+            None => Err(HostError::new(format!("look up the route to {}", peer.node), "no answer")),
+        })
+    }
+
+    /// Removes peers; one result per peer, gone already is a success.
+    pub async fn remove_peers(&mut self, peers: &[TunnelPeer]) -> Vec<Result<(), HostError>> {
+        self.for_each(peers, "remove", Running::remove_peer)
+    }
+
+    fn for_each(
+        &mut self,
+        peers: &[TunnelPeer],
+        verb: &str,
+        change: impl Fn(&mut Running, &TunnelPeer) -> Result<(), HostError>,
+    ) -> Vec<Result<(), HostError>> {
+        let mut touched = BTreeSet::new();
+        let results = peers
+            .iter()
+            .map(|peer| match self.tunnels.get_mut(&peer.device) {
+                Some(running) => {
+                    touched.insert(peer.device.as_str());
+                    change(running, peer)
+                }
+                // Its peers went with the tunnel.
+                None if verb == "remove" => Ok(()),
+                None => Err(HostError::new(
+                    format!("{verb} {}", HostItem::TunnelPeer(peer.clone())),
+                    format!("the tunnel on {} is not up", peer.device),
+                )),
+            })
+            .collect();
+        for device in touched {
+            if let Some(running) = self.tunnels.get(device) {
+                running.peers_changed();
+            }
+        }
+        results
+    }
+
+    /// The tunnels and peers that are truly in place: links attached to the interfaces of today, pins and GRO pair
+    /// there, user-space path running, each peer's map entry with the next hop the routing table says now. What is not
+    /// reported is put again by the agent.
+    pub async fn observe(&mut self) -> Vec<HostItem> {
+        let mut items = Vec::new();
+        for running in self.tunnels.values_mut() {
+            items.extend(running.observe(&self.netlink).await);
+        }
+        items
+    }
+
+    /// Returns when something netlink does not tell of needs another look: a link or pin vanished, the user-space path
+    /// ended, XDP's marks did not arrive, or a predecessor's peers were taken over. Says each thing once. Cancel-safe;
+    /// without tunnels it never returns.
+    pub async fn disturbed(&mut self) {
+        loop {
+            if self.tunnels.is_empty() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep_until(self.next_look).await;
+            self.next_look = Instant::now() + LOOK_EVERY;
+            // All of them: a look also carries proofs forward.
+            let news: Vec<bool> = self.tunnels.values_mut().map(Running::has_news).collect();
+            if news.contains(&true) {
+                return;
+            }
+        }
+    }
+
+    /// Tier, reason and counts of every tunnel.
+    #[must_use]
+    pub fn reports(&self) -> Vec<TunnelReport> {
+        self.tunnels.values().filter_map(Running::report).collect()
+    }
+}

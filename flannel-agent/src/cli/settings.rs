@@ -1,0 +1,405 @@
+//! What the flags mean together: plain, checked data. Nothing here touches the system.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::flags::{
+    EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, KUBE_ANNOTATION_PREFIX, LogFlags, NET_CONFIG_PATH,
+    NodeFlags, NotBuiltFlags, SUBNET_DIR,
+};
+use crate::domain::host_state::TunnelOptions;
+use crate::domain::interface::{PublicAddresses, Selector};
+use crate::domain::wording::quoted;
+
+/// A lease lasts a day (contract §3.4); a margin of a day or more would renew without pause.
+const MARGINS: std::ops::RangeInclusive<i64> = 1..=1439;
+
+/// Longest path of a Unix socket: `sun_path` has 108 bytes, one of them for the end (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Everything the daemon was told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    pub etcd: EtcdSettings,
+    /// In the order they are tried; empty means by `public`, else by the default route.
+    pub selectors: Vec<Selector>,
+    pub public: PublicAddresses,
+    pub subnet_file: PathBuf,
+    /// The lease is renewed this long before it ends.
+    pub renew_margin: Duration,
+    /// Where `/healthz` and `/readyz` are served, if at all.
+    pub healthz: Option<SocketAddr>,
+    /// Where `status` is answered, if at all.
+    pub status_socket: Option<PathBuf>,
+    pub tunnel: TunnelOptions,
+    /// Where the BPF file system is mounted.
+    pub bpffs: PathBuf,
+    pub verbosity: Verbosity,
+    /// What an operator should be told.
+    pub warnings: Vec<String>,
+}
+
+/// How to reach etcd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EtcdSettings {
+    /// As given: with or without scheme, at least one.
+    pub endpoints: Vec<String>,
+    /// As given: the store cleans it.
+    pub prefix: String,
+    pub ca_file: Option<PathBuf>,
+    pub identity: Option<ClientCertificate>,
+    pub login: Option<Login>,
+}
+
+/// A certificate with its key, both PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCertificate {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Login {
+    pub username: String,
+    pub password: Secret,
+}
+
+/// Text that must not reach a log: flanneld printed its etcd password there (contract §14, T32).
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Secret(String);
+
+/// glog's level, as it is given with `-v`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Verbosity(pub u32);
+
+/// Settings that can't be meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SettingsError {
+    pub(super) text: String,
+    pub(super) code: u8,
+}
+
+/// How each flag that was set was set, as the operator wrote it: `-ip-masq` or `FLANNELD_IP_MASQ`.
+pub(super) type Origins = BTreeMap<String, String>;
+
+impl Secret {
+    /// The text itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("<secret>")
+    }
+}
+
+impl Verbosity {
+    /// The least severe level that is logged.
+    pub fn level(self) -> tracing::Level {
+        match self.0 {
+            0 => tracing::Level::INFO,
+            1..=4 => tracing::Level::DEBUG,
+            _ => tracing::Level::TRACE,
+        }
+    }
+}
+
+impl Settings {
+    /// # Errors
+    /// What the first flag that can't be meant is, and what would be right. All flags that are not built are named at
+    /// once.
+    pub(super) fn resolve(flags: Flags, origins: &Origins) -> Result<Self, SettingsError> {
+        let mut resolver = Resolver { origins, warnings: Vec::new() };
+        resolver.refuse_not_built(&flags.not_built)?;
+        let margin = flags.etcd.subnet_lease_renew_margin;
+        let etcd = resolver.etcd(flags.etcd)?;
+        let (selectors, public) = resolver.interface(flags.interface)?;
+        let verbosity = resolver.log(&flags.log)?;
+        let NodeFlags { subnet_file, healthz_ip, healthz_port, status_socket } = flags.node;
+        let settings = Self {
+            etcd,
+            selectors,
+            public,
+            subnet_file: resolver.file("subnet-file", subnet_file)?,
+            renew_margin: resolver.margin(margin)?,
+            healthz: resolver.healthz(&healthz_ip, healthz_port)?,
+            status_socket: resolver.status_socket(status_socket)?,
+            tunnel: TunnelOptions {
+                datapath: flags.udp.udp_datapath,
+                source_check: flags.udp.udp_source_check,
+                source_port: flags.udp.udp_source_port,
+            },
+            bpffs: resolver.absolute("bpffs-path", flags.udp.bpffs_path)?,
+            verbosity,
+            warnings: resolver.warnings,
+        };
+        Ok(settings)
+    }
+}
+
+struct Resolver<'a> {
+    origins: &'a Origins,
+    warnings: Vec<String>,
+}
+
+impl Resolver<'_> {
+    /// The flag as the operator wrote it.
+    fn name(&self, flag: &str) -> String {
+        self.origins.get(flag).cloned().unwrap_or_else(|| format!("-{flag}"))
+    }
+
+    fn invalid(&self, flag: &str, value: &str, expected: &str) -> SettingsError {
+        let text = format!("invalid value {} for {}: {expected}", quoted(value), self.name(flag));
+        SettingsError { text, code: 2 }
+    }
+
+    fn refuse_not_built(&self, flags: &NotBuiltFlags) -> Result<(), SettingsError> {
+        let given = |value: &Option<String>| value.as_deref().is_some_and(|value| !value.is_empty());
+        let asked: Vec<String> = [
+            ("ip-masq", flags.ip_masq, "masquerading"),
+            ("ip-masq-fully-random-disable", flags.ip_masq_fully_random_disable, "masquerading"),
+            ("iptables-forward-rules", flags.iptables_forward_rules == Some(true), "forward rules"),
+            ("iptables-resync", flags.iptables_resync != IPTABLES_RESYNC, "firewall rules"),
+            ("ip-blackhole-route", flags.ip_blackhole_route, "the blackhole route"),
+            ("kube-subnet-mgr", flags.kube_subnet_mgr, "leasing from Kubernetes"),
+            ("kube-api-url", given(&flags.kube_api_url), "leasing from Kubernetes"),
+            ("kubeconfig-file", given(&flags.kubeconfig_file), "leasing from Kubernetes"),
+            (
+                "kube-annotation-prefix",
+                flags.kube_annotation_prefix != KUBE_ANNOTATION_PREFIX,
+                "leasing from Kubernetes",
+            ),
+            ("net-config-path", flags.net_config_path != NET_CONFIG_PATH, "leasing from Kubernetes"),
+            ("set-node-network-unavailable", !flags.set_node_network_unavailable, "leasing from Kubernetes"),
+            ("listen", given(&flags.listen), "serving leases to other nodes"),
+            ("remote", given(&flags.remote), "leasing from a flannel server"),
+            ("remote-cafile", given(&flags.remote_cafile), "leasing from a flannel server"),
+            ("remote-certfile", given(&flags.remote_certfile), "leasing from a flannel server"),
+            ("remote-keyfile", given(&flags.remote_keyfile), "leasing from a flannel server"),
+            ("networks", given(&flags.networks), "several networks"),
+            ("watch-networks", flags.watch_networks, "several networks"),
+            ("subnet-dir", flags.subnet_dir != SUBNET_DIR, "several networks"),
+            ("vmodule", given(&flags.vmodule), "verbosity by source file"),
+            ("log_backtrace_at", given(&flags.log_backtrace_at), "stack traces in the log"),
+        ]
+        .into_iter()
+        .filter(|(_, asked, _)| *asked)
+        .map(|(flag, _, feature)| {
+            format!("{}: this version does not have {feature} yet; leave it out", self.name(flag))
+        })
+        .collect();
+        if asked.is_empty() { Ok(()) } else { Err(SettingsError { text: asked.join("\n"), code: 2 }) }
+    }
+
+    fn etcd(&mut self, flags: EtcdFlags) -> Result<EtcdSettings, SettingsError> {
+        if flags.etcd_endpoints.contains('@') {
+            // Not quoted: what stands before the @ may be a password.
+            let name = self.name("etcd-endpoints");
+            let text = format!("{name} names a user, who goes to -etcd-username and -etcd-password");
+            return Err(SettingsError { text, code: 2 });
+        }
+        // Split verbatim, as flanneld does: a space would become part of the endpoint.
+        let endpoints: Vec<String> = flags.etcd_endpoints.split(',').map(str::to_owned).collect();
+        for endpoint in &endpoints {
+            check_endpoint(endpoint)
+                .map_err(|expected| self.invalid("etcd-endpoints", &flags.etcd_endpoints, &expected))?;
+        }
+        let path = |file: Option<String>| file.filter(|file| !file.is_empty()).map(PathBuf::from);
+        let identity = match (path(flags.etcd_certfile), path(flags.etcd_keyfile)) {
+            (Some(cert_file), Some(key_file)) => Some(ClientCertificate { cert_file, key_file }),
+            (None, None) => None,
+            (given, _) => {
+                let (given, missing) =
+                    if given.is_some() { ("certfile", "keyfile") } else { ("keyfile", "certfile") };
+                let given = self.name(&format!("etcd-{given}"));
+                let text = format!("{given} is given without -etcd-{missing}: a certificate needs its key");
+                // As 0.7.0 ends; today's flanneld would talk to etcd without TLS.
+                return Err(SettingsError { text, code: 1 });
+            }
+        };
+        let password = flags.etcd_password.unwrap_or_default();
+        let login = match flags.etcd_username.filter(|username| !username.is_empty()) {
+            Some(username) => Some(Login { username, password }),
+            None => {
+                if !password.expose().is_empty() {
+                    let name = self.name("etcd-password");
+                    self.warnings.push(format!("{name} has no effect without -etcd-username"));
+                }
+                None
+            }
+        };
+        Ok(EtcdSettings {
+            endpoints,
+            prefix: flags.etcd_prefix,
+            ca_file: path(flags.etcd_cafile),
+            identity,
+            login,
+        })
+    }
+
+    fn interface(&self, flags: InterfaceFlags) -> Result<(Vec<Selector>, PublicAddresses), SettingsError> {
+        let mut selectors: Vec<Selector> = flags
+            .iface
+            .iter()
+            .filter(|text| !text.is_empty())
+            .map(|text| Selector::from_iface(text))
+            .collect();
+        let patterns = flags.iface_regex.into_iter().filter(|pattern| !pattern.as_str().is_empty());
+        selectors.extend(patterns.map(Selector::Pattern));
+        if let Some(text) = flags.iface_can_reach.filter(|text| !text.is_empty()) {
+            let address = text.parse().map_err(|_| {
+                self.invalid("iface-can-reach", &text, "must be an IP address, such as 10.0.0.1")
+            })?;
+            selectors.push(Selector::CanReach(address));
+        }
+        let public = PublicAddresses {
+            v4: self.public_ip(flags.public_ip)?,
+            v6: self.public_ipv6(flags.public_ipv6)?,
+        };
+        Ok((selectors, public))
+    }
+
+    fn public_ip(&self, text: Option<String>) -> Result<Option<Ipv4Addr>, SettingsError> {
+        let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
+        let expected = match text.parse::<IpAddr>() {
+            Ok(IpAddr::V4(v4)) if v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast() => {
+                "must be an address other nodes can send to"
+            }
+            Ok(IpAddr::V4(v4)) => return Ok(Some(v4)),
+            Ok(IpAddr::V6(_)) => "must be an IPv4 address; an IPv6 address goes to -public-ipv6",
+            Err(_) => "must be an IPv4 address, such as 192.0.2.1",
+        };
+        Err(self.invalid("public-ip", &text, expected))
+    }
+
+    fn public_ipv6(&self, text: Option<String>) -> Result<Option<Ipv6Addr>, SettingsError> {
+        let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
+        let expected = match text.parse::<IpAddr>() {
+            Ok(IpAddr::V6(v6)) if v6.is_unspecified() || v6.is_multicast() => {
+                "must be an address other nodes can send to"
+            }
+            Ok(IpAddr::V6(v6)) => return Ok(Some(v6)),
+            Ok(IpAddr::V4(_)) => "must be an IPv6 address; an IPv4 address goes to -public-ip",
+            Err(_) => "must be an IPv6 address, such as 2001:db8::1",
+        };
+        Err(self.invalid("public-ipv6", &text, expected))
+    }
+
+    fn margin(&self, minutes: i64) -> Result<Duration, SettingsError> {
+        match u64::try_from(minutes) {
+            Ok(count) if MARGINS.contains(&minutes) => Ok(Duration::from_secs(count * 60)),
+            // The one range flanneld checks itself, after parsing.
+            _ => Err(SettingsError {
+                code: 1,
+                ..self.invalid(
+                    "subnet-lease-renew-margin",
+                    &minutes.to_string(),
+                    "must be from 1 to 1439 minutes: a lease lasts 1440",
+                )
+            }),
+        }
+    }
+
+    fn healthz(&self, ip: &str, port: i64) -> Result<Option<SocketAddr>, SettingsError> {
+        let ip = if ip.is_empty() { "0.0.0.0" } else { ip };
+        let ip: IpAddr = ip.parse().map_err(|_| {
+            self.invalid("healthz-ip", ip, "must be an IP address of this host, or 0.0.0.0 for all")
+        })?;
+        if port <= 0 {
+            return Ok(None);
+        }
+        match u16::try_from(port) {
+            Ok(port) => Ok(Some(SocketAddr::new(ip, port))),
+            Err(_) => {
+                Err(self.invalid("healthz-port", &port.to_string(), "must be from 1 to 65535, or 0 for off"))
+            }
+        }
+    }
+
+    fn file(&self, flag: &str, path: String) -> Result<PathBuf, SettingsError> {
+        if path.is_empty() || path.ends_with('/') {
+            return Err(self.invalid(flag, &path, "must name a file"));
+        }
+        Ok(PathBuf::from(path))
+    }
+
+    fn absolute(&self, flag: &str, path: String) -> Result<PathBuf, SettingsError> {
+        if !path.starts_with('/') {
+            return Err(self.invalid(flag, &path, "must be a path from the root"));
+        }
+        Ok(PathBuf::from(path))
+    }
+
+    fn status_socket(&self, path: String) -> Result<Option<PathBuf>, SettingsError> {
+        if path.is_empty() {
+            return Ok(None);
+        }
+        if path.len() > MAX_SOCKET_PATH {
+            let expected = format!("must be {MAX_SOCKET_PATH} bytes or less, the most the kernel takes");
+            return Err(self.invalid("status-socket", &path, &expected));
+        }
+        self.absolute("status-socket", path).map(Some)
+    }
+
+    fn log(&mut self, flags: &LogFlags) -> Result<Verbosity, SettingsError> {
+        if !flags.logtostderr {
+            return Err(self.invalid("logtostderr", "false", "this version logs to standard error only"));
+        }
+        let severity = flags.stderrthreshold.to_uppercase();
+        if !matches!(severity.as_str(), "INFO" | "WARNING" | "ERROR" | "FATAL" | "0" | "1" | "2" | "3") {
+            let expected = "must be INFO, WARNING, ERROR or FATAL";
+            return Err(self.invalid("stderrthreshold", &flags.stderrthreshold, expected));
+        }
+        if flags.log_dir.as_deref().is_some_and(|directory| !directory.is_empty()) {
+            let name = self.name("log_dir");
+            self.warnings.push(format!("{name} has no effect: the log goes to standard error"));
+        }
+        Ok(Verbosity(u32::try_from(flags.v).unwrap_or(0)))
+    }
+}
+
+/// An endpoint is `host:port` or a URL of one; a path after it is of no use but does no harm.
+fn check_endpoint(endpoint: &str) -> Result<(), String> {
+    let wrong = |reason: &str| {
+        let endpoint = quoted(endpoint);
+        Err(format!(
+            "{endpoint} {reason}; endpoints are such as https://10.0.0.1:2379, separated by commas only"
+        ))
+    };
+    if endpoint.is_empty() {
+        return wrong("is empty");
+    }
+    if endpoint.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
+        return wrong("contains a space");
+    }
+    let authority = match endpoint.split_once("://") {
+        Some(("http" | "https", rest)) => rest,
+        Some(_) => return wrong("is neither http nor https"),
+        None => endpoint,
+    };
+    let authority = authority.split('/').next().unwrap_or_default();
+    // An IPv6 address is in brackets; its colons are not the port's.
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    if host.is_empty() {
+        return wrong("names no host");
+    }
+    if port.is_some_and(|port| port.parse::<u16>().is_ok_and(|port| port != 0)) || port.is_none() {
+        Ok(())
+    } else {
+        wrong("has no port from 1 to 65535")
+    }
+}

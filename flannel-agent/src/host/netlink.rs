@@ -1,1 +1,0 @@
-//! Links, addresses, routes.

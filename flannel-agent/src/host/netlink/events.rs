@@ -1,0 +1,285 @@
+//! When to look again: notifications about links, addresses and routes, boiled down to "something changed".
+//!
+//! Nothing is learned from a notification but that it came: what the host looks like is read anew. So a lost one
+//! (`ENOBUFS`) is a change like any other, and only the head of each message is looked at.
+//!
+//! Left out are the echoes of our own requests (they carry our port), and what can't concern an agent: other tables,
+//! the neighbour discovery's route clones, IPv6 routes of others outside the watched networks, addresses that a
+//! router advertisement refreshes.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use netlink_packet_core::NetlinkBuffer;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressFlags, AddressHeader, AddressScope};
+use netlink_packet_route::link::LinkHeader;
+use netlink_packet_route::route::{RouteFlags, RouteHeader, RouteType};
+use netlink_proto::sys::{AsyncSocket, SocketAddr, TokioSocket};
+use tokio::time::Instant;
+
+use super::{Netlink, ROUTE_PROTOCOL, attributes_of, describe_io, open_socket};
+use crate::host::HostError;
+
+/// How long to let a burst go on before waking anyone.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// Wake-ups are at least this far apart, so that an endless storm can't keep the agent comparing. Repairs are to
+/// be done within a second.
+const SPACING: Duration = Duration::from_millis(400);
+
+/// Room for the kernel's largest notification datagram.
+const DATAGRAM: usize = 64 << 10;
+
+/// A subscription to changes in the network namespace it was made in.
+pub struct Events {
+    socket: TokioSocket,
+    /// Port of the socket our own requests come from.
+    own_port: u32,
+    networks: Vec<IpNet>,
+    buffer: Vec<u8>,
+    /// Something changed, and this is when to say so.
+    due: Option<Instant>,
+    last: Option<Instant>,
+    /// The socket failed; there is nothing to wait for.
+    broken: bool,
+}
+
+impl Netlink {
+    /// Subscribes in the calling thread's network namespace. Links, addresses and IPv4 routes of anyone count;
+    /// of the IPv6 routes ours and those within `networks`.
+    ///
+    /// # Errors
+    /// No socket to be had.
+    pub fn events(&self, networks: Vec<IpNet>) -> Result<Events, HostError> {
+        let failed = |e: io::Error| HostError::new("subscribe to network changes", describe_io(&e));
+        let mut socket = open_socket().map_err(failed)?;
+        let groups = libc::RTMGRP_LINK
+            | libc::RTMGRP_IPV4_IFADDR
+            | libc::RTMGRP_IPV4_ROUTE
+            | libc::RTMGRP_IPV6_IFADDR
+            | libc::RTMGRP_IPV6_ROUTE;
+        socket.socket_mut().bind(&SocketAddr::new(0, groups.cast_unsigned())).map_err(failed)?;
+        Ok(Events {
+            socket,
+            own_port: self.connection.port,
+            networks,
+            buffer: Vec::with_capacity(DATAGRAM),
+            due: None,
+            last: None,
+            broken: false,
+        })
+    }
+}
+
+impl Events {
+    /// Returns once per burst of changes, [`DEBOUNCE`] after its first. Cancel-safe: what was seen before a
+    /// cancelled call makes the next one return.
+    pub async fn changed(&mut self) {
+        loop {
+            if let Some(due) = self.due {
+                tokio::time::sleep_until(due).await;
+                self.drain();
+                self.due = None;
+                self.last = Some(due);
+                return;
+            }
+            if self.broken {
+                std::future::pending::<()>().await;
+            }
+            self.buffer.clear();
+            let (socket, buffer) = (&self.socket, &mut self.buffer);
+            match poll_fn(|cx| socket.poll_recv_from(cx, buffer)).await {
+                Ok(_) => {
+                    if concerns(&self.buffer, self.own_port, &self.networks) {
+                        self.note();
+                    }
+                }
+                Err(e) => self.failed(&e),
+            }
+        }
+    }
+
+    fn note(&mut self) {
+        let now = Instant::now();
+        let earliest = self.last.map_or(now, |last| last + SPACING);
+        self.due.get_or_insert((now + DEBOUNCE).max(earliest));
+    }
+
+    /// Takes what has come in since the change that is about to be reported: the caller looks at everything now.
+    fn drain(&mut self) {
+        loop {
+            self.buffer.clear();
+            match self.socket.socket_ref().recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                // Whether more was lost than was read makes no difference.
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(e) => {
+                    if e.kind() != io::ErrorKind::WouldBlock {
+                        self.failed(&e);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn failed(&mut self, error: &io::Error) {
+        match error.raw_os_error() {
+            Some(libc::ENOBUFS) => {
+                tracing::debug!("more network changes than the socket could hold; looking at everything");
+                self.note();
+            }
+            Some(libc::EINTR | libc::EAGAIN) => {}
+            _ => {
+                tracing::warn!(error = %describe_io(error), "no more news of network changes; relying on the interval");
+                self.broken = true;
+            }
+        }
+    }
+}
+
+/// One of the datagram's messages is worth a look at the host. What can't be read is.
+fn concerns(mut datagram: &[u8], own_port: u32, networks: &[IpNet]) -> bool {
+    while !datagram.is_empty() {
+        let Ok(message) = NetlinkBuffer::new_checked(datagram) else { return true };
+        if message.port_number() != own_port
+            && message_concerns(message.message_type(), message.payload(), networks)
+        {
+            return true;
+        }
+        let length = usize::try_from(message.length()).unwrap_or(usize::MAX);
+        datagram = length.checked_next_multiple_of(4).and_then(|end| datagram.get(end..)).unwrap_or_default();
+    }
+    false
+}
+
+fn message_concerns(kind: u16, payload: &[u8], networks: &[IpNet]) -> bool {
+    match kind {
+        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+            // Bridges report their ports' state under their own family.
+            LinkHeader::parse(payload).map_or(true, |h| h.interface_family == AddressFamily::Unspec)
+        }
+        libc::RTM_NEWADDR => AddressHeader::parse(payload).map_or(true, |h| {
+            let lasting = u32::from(h.flags.bits()) & AddressFlags::Permanent.bits() != 0;
+            h.family == AddressFamily::Inet || (lasting && h.scope != AddressScope::Link)
+        }),
+        libc::RTM_DELADDR => AddressHeader::parse(payload).map_or(true, |h| h.scope != AddressScope::Link),
+        libc::RTM_NEWROUTE | libc::RTM_DELROUTE => route_concerns(payload, networks),
+        _ => false,
+    }
+}
+
+fn route_concerns(payload: &[u8], networks: &[IpNet]) -> bool {
+    const HEADER: usize = 12;
+    const RTA_DST: u16 = 1;
+    let Ok(header) = RouteHeader::parse(payload) else { return true };
+    if header.table != RouteHeader::RT_TABLE_MAIN
+        || header.flags.contains(RouteFlags::Cloned)
+        || matches!(
+            header.kind,
+            RouteType::Local | RouteType::Broadcast | RouteType::Multicast | RouteType::Anycast
+        )
+    {
+        return false;
+    }
+    // Any IPv4 route may be the way to a peer.
+    if header.address_family == AddressFamily::Inet || u8::from(header.protocol) == ROUTE_PROTOCOL {
+        return true;
+    }
+    let mut attributes = attributes_of(payload.get(HEADER..).unwrap_or_default());
+    let destination = attributes.find(|(kind, _)| *kind == RTA_DST).and_then(|(_, value)| address(value));
+    let destination = destination.and_then(|ip| IpNet::new(ip, header.destination_prefix_length).ok());
+    destination.is_some_and(|destination| networks.iter().any(|network| network.contains(&destination)))
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
+        16 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::NetlinkMessage;
+    use netlink_packet_route::RouteNetlinkMessage;
+    use netlink_packet_route::address::AddressMessage;
+    use netlink_packet_route::link::LinkMessage;
+    use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol};
+
+    use super::*;
+
+    const OWN: u32 = 77;
+
+    fn bytes(message: RouteNetlinkMessage, port: u32) -> Vec<u8> {
+        let mut message = NetlinkMessage::from(message);
+        message.header.port_number = port;
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        bytes
+    }
+
+    fn route(destination: &str, protocol: u8, table: u8) -> RouteMessage {
+        let destination: IpNet = destination.parse().unwrap();
+        let mut route = RouteMessage::default();
+        route.header.address_family =
+            if destination.addr().is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        route.header.destination_prefix_length = destination.prefix_len();
+        route.header.protocol = RouteProtocol::from(protocol);
+        route.header.table = table;
+        route.header.kind = RouteType::Unicast;
+        route.attributes.push(RouteAttribute::Destination(destination.addr().into()));
+        route
+    }
+
+    #[test]
+    fn only_what_may_concern_an_agent_wakes_it() {
+        let new = |r| RouteNetlinkMessage::NewRoute(r);
+        let link = |family| {
+            let mut link = LinkMessage::default();
+            link.header.interface_family = family;
+            RouteNetlinkMessage::NewLink(link)
+        };
+        let v6_address = |scope, flags: u8| {
+            let mut address = AddressMessage::default();
+            address.header.family = AddressFamily::Inet6;
+            address.header.scope = scope;
+            address.header.flags = netlink_packet_route::address::AddressHeaderFlags::from_bits_retain(flags);
+            RouteNetlinkMessage::NewAddress(address)
+        };
+        let rows = [
+            ("an IPv4 route of the main table", new(route("192.0.2.0/24", 3, 254)), true),
+            ("a local route", new(route("192.0.2.1/32", 2, 255)), false),
+            ("another table's", new(route("192.0.2.0/24", 3, 100)), false),
+            ("an IPv6 route elsewhere", new(route("2001:db8::/64", 9, 254)), false),
+            ("an IPv6 route in our network", new(route("fd00:5::/64", 3, 254)), true),
+            ("our IPv6 route anywhere", new(route("2001:db8::/64", ROUTE_PROTOCOL, 254)), true),
+            ("a removed route", RouteNetlinkMessage::DelRoute(route("10.5.1.0/24", 85, 254)), true),
+            ("a link", link(AddressFamily::Unspec), true),
+            ("a bridge port", link(AddressFamily::Bridge), false),
+            ("an advertised address's refresh", v6_address(AddressScope::Universe, 0), false),
+            ("a lasting IPv6 address", v6_address(AddressScope::Universe, 0x80), true),
+            ("a link-local address", v6_address(AddressScope::Link, 0x80), false),
+        ];
+        let networks = ["10.5.0.0/16".parse().unwrap(), "fd00:5::/48".parse().unwrap()];
+        for (name, message, expected) in rows {
+            assert_eq!(concerns(&bytes(message.clone(), 1), OWN, &networks), expected, "{name}");
+            assert!(!concerns(&bytes(message, OWN), OWN, &networks), "our own echo: {name}");
+        }
+    }
+
+    #[test]
+    fn every_message_of_a_datagram_is_looked_at() {
+        let boring = bytes(RouteNetlinkMessage::NewRoute(route("192.0.2.1/32", 2, 255)), 1);
+        let vital = bytes(RouteNetlinkMessage::DelRoute(route("10.5.1.0/24", ROUTE_PROTOCOL, 254)), 0);
+        assert!(concerns(&[boring.clone(), vital].concat(), OWN, &[]));
+        assert!(!concerns(&[boring.clone(), boring].concat(), OWN, &[]));
+        assert!(concerns(&[1, 2, 3], OWN, &[]), "what can't be read is worth a look");
+    }
+}

@@ -1,0 +1,462 @@
+//! Which tier carries the packets, and why that one.
+//!
+//! The first that works is taken, top down; `--udp-datapath` cuts the ladder off at either end:
+//!
+//! | tier | sends | receives |
+//! |---|---|---|
+//! | `xdp` | tc egress of the tunnel device | native XDP, before GRO; tc ingress delivers |
+//! | `tc+gro` | the same | tc ingress, TCP merged by the GRO pair |
+//! | `tc` | the same | tc ingress |
+//! | `tun` | user space | user space |
+//!
+//! Climbing is repeatable: what is in place stays untouched, what an earlier agent pinned is taken over, and only what
+//! is missing or has other settings is attached or replaced. XDP and tc can change places under traffic, because tc
+//! ingress takes both marked and unmarked packets; so the tc part is there first and goes last.
+
+use std::path::Path;
+use std::time::Instant;
+
+use aya::util::KernelVersion;
+use flannel_common::counter::Counter;
+use flannel_common::tunnel::{
+    FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
+};
+use serde::Serialize;
+
+use super::errno::Refusal;
+use super::ethtool::{Feature, Switch};
+use super::gro_pair::{self, GroPair};
+use super::maps::{Maps, to_wire};
+use super::programs::{
+    self, ENCAP, GRO, Hook, INGRESS, LinkPin, PinFolder, Programs, Side, TcKind, XDP_FRAGS, inspect,
+};
+use super::proof::{Adoption, Proof, Seen};
+use super::underlay;
+use crate::domain::host_state::{Datapath, SourceCheck, SourcePort, Tunnel};
+use crate::host::HostError;
+use crate::host::netlink::{LinkInfo, Netlink};
+
+/// Who carries packets. The order is the ladder's, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Tier {
+    #[serde(rename = "xdp")]
+    Xdp,
+    #[serde(rename = "tc+gro")]
+    TcGro,
+    #[serde(rename = "tc")]
+    Tc,
+    #[serde(rename = "tun")]
+    Tun,
+}
+
+impl Tier {
+    /// As `status` and the log say it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp",
+            Self::TcGro => "tc+gro",
+            Self::Tc => "tc",
+            Self::Tun => "tun",
+        }
+    }
+}
+
+/// A tier and the reason why it was taken and none above it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rung {
+    pub(super) tier: Tier,
+    pub(super) reason: String,
+}
+
+/// What the ladder stands on.
+pub(super) struct Ground<'a> {
+    pub(super) netlink: &'a Netlink,
+    pub(super) bpffs: &'a Path,
+    pub(super) tunnel: &'a Tunnel,
+    /// The tunnel device.
+    pub(super) device: LinkInfo,
+    pub(super) underlay: LinkInfo,
+}
+
+/// The kernel's part of a running tunnel. Dropping it detaches nothing.
+pub(super) struct KernelPath {
+    pub(super) pins: PinFolder,
+    pub(super) maps: Maps,
+    programs: Programs,
+    device: (String, u32),
+    underlay: (String, u32),
+    tc: TcKind,
+    xdp: Option<XdpPart>,
+    pair: Option<GroPair>,
+    /// A program seen to run before ours on the underlay.
+    ahead: Option<u32>,
+}
+
+struct XdpPart {
+    program: &'static str,
+    proof: Proof,
+}
+
+/// Does the tier that the tunnel's options allow exist here, and is it up? Called again, it repairs.
+///
+/// # Errors
+/// What is missing for a BPF tier. Whatever was running before still is.
+pub(super) async fn climb(ground: &Ground<'_>, slot: &mut Option<KernelPath>) -> Result<Rung, HostError> {
+    let Ground { netlink, bpffs, tunnel, .. } = ground;
+    let pins = PinFolder::new(bpffs, &tunnel.device);
+    pins.prepare(bpffs)?;
+
+    let wish = wish_for_xdp(ground, &pins);
+    let mut pair = gro_pair::find(netlink, &tunnel.device, tunnel.mtu).await.ok();
+    let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
+    let path = load(ground, &pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
+    path.attach_tc()?;
+
+    match wish.and_then(|()| path.attach_xdp()) {
+        Ok(()) if probing => {
+            let reason = format!("until traffic proves that XDP's marks arrive on {}", tunnel.underlay);
+            tune(ground, path, &[(Feature::Gro, Switch::On)]);
+            Ok(Rung { tier: Tier::Tc, reason })
+        }
+        Ok(()) => {
+            if pair.take().is_some() {
+                load(ground, &pins, &Parts { pair: None, probing }, slot)?.attach_all()?;
+                pins.remove_link(LinkPin::Gro)?;
+                pins.remove_link(LinkPin::Pass)?;
+                gro_pair::remove(netlink, &tunnel.device).await?;
+            }
+            let path = slot.as_ref().ok_or_else(|| lost(tunnel))?;
+            tune(ground, path, &[(Feature::Gro, Switch::On)]);
+            Ok(Rung { tier: Tier::Xdp, reason: path.xdp_reason() })
+        }
+        Err(why) if tunnel.options.datapath == Datapath::Xdp => {
+            Err(HostError::new(format!("bring up udp datapath xdp on {}", tunnel.underlay), why))
+        }
+        Err(why) => {
+            let pair = match gro_pair::ensure(netlink, &tunnel.device, tunnel.mtu).await {
+                Ok(pair) => Ok(pair),
+                Err(e) => Err(format!("{why}; without GRO pair: {e}")),
+            };
+            let path = load(ground, &pins, &Parts { pair: pair.as_ref().ok(), probing: false }, slot)?;
+            path.attach_tc()?;
+            path.xdp = None;
+            pins.remove_link(LinkPin::Xdp)?;
+            tune(ground, path, &[]);
+            Ok(match pair {
+                Ok(_) => Rung { tier: Tier::TcGro, reason: why },
+                Err(why) => Rung { tier: Tier::Tc, reason: why },
+            })
+        }
+    }
+}
+
+/// Whether XDP is to be tried, else why not.
+fn wish_for_xdp(ground: &Ground<'_>, pins: &PinFolder) -> Result<(), String> {
+    let Tunnel { underlay, options, .. } = ground.tunnel;
+    if options.datapath == Datapath::Tc {
+        return Err("chosen by --udp-datapath=tc".to_owned());
+    }
+    underlay::may_have_native_xdp(underlay, ground.underlay.kind.as_deref())?;
+    if pins.is_xdp_disproved(ground.underlay.index) {
+        return Err(format!(
+            "packets that XDP decapsulated on {underlay} arrived without its mark; the driver drops metadata"
+        ));
+    }
+    Ok(())
+}
+
+/// veth before 6.1 may lose the mark of frames redirected by XDP: there it is proven before anything depends on it.
+fn must_probe(ground: &Ground<'_>, path: Option<&KernelPath>) -> bool {
+    let proven = path.and_then(|path| path.xdp.as_ref()).is_some_and(|xdp| xdp.proof == Proof::Proven);
+    ground.underlay.kind.as_deref() == Some("veth") && is_kernel_before(6, 1) && !proven
+}
+
+/// False also when the kernel does not say: then it is newer than this check.
+fn is_kernel_before(major: u8, minor: u8) -> bool {
+    KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(major, minor, 0))
+}
+
+fn lost(tunnel: &Tunnel) -> HostError {
+    HostError::new(format!("bring up the tunnel on {}", tunnel.device), "its programs are not loaded")
+}
+
+/// What the settings depend on beside the tunnel itself.
+struct Parts<'a> {
+    pair: Option<&'a GroPair>,
+    probing: bool,
+}
+
+/// The path with programs of these settings; nothing is attached yet.
+fn load<'s>(
+    ground: &Ground<'_>,
+    pins: &PinFolder,
+    parts: &Parts<'_>,
+    slot: &'s mut Option<KernelPath>,
+) -> Result<&'s mut KernelPath, HostError> {
+    let settings = settings(ground, parts);
+    let device = (ground.tunnel.device.clone(), ground.device.index);
+    let underlay = (ground.tunnel.underlay.clone(), ground.underlay.index);
+    let pair = parts.pair.cloned();
+    match slot {
+        Some(path) => {
+            // A map that lost its pin is still ours; loading would make another.
+            path.maps.ensure_pinned(pins)?;
+            if path.programs.settings() != settings {
+                (path.programs, path.maps) = Programs::load(settings, pins)?;
+            }
+            if path.underlay != underlay {
+                path.xdp = None;
+            }
+            path.device = device;
+            path.underlay = underlay;
+            path.pair = pair;
+        }
+        None => {
+            let (programs, maps) = Programs::load(settings, pins)?;
+            let pins = pins.clone();
+            let tc = TcKind::Tcx;
+            *slot =
+                Some(KernelPath { pins, maps, programs, device, underlay, tc, xdp: None, pair, ahead: None });
+        }
+    }
+    slot.as_mut().ok_or_else(|| lost(ground.tunnel))
+}
+
+fn settings(ground: &Ground<'_>, parts: &Parts<'_>) -> Settings {
+    let tunnel = ground.tunnel;
+    let mut flags = match tunnel.options.source_check {
+        SourceCheck::Enforce => SOURCE_CHECK_ENFORCE,
+        SourceCheck::Observe => SOURCE_CHECK_OBSERVE,
+        SourceCheck::Off => 0,
+    };
+    if tunnel.options.source_port == SourcePort::Fixed {
+        flags |= FIXED_SOURCE_PORT;
+    }
+    if parts.probing {
+        flags |= XDP_PROBE;
+    }
+    Settings {
+        local: to_wire(tunnel.local),
+        network: to_wire(tunnel.network.network()),
+        network_mask: to_wire(tunnel.network.netmask()),
+        subnet_mask: to_wire(tunnel.own_subnet.netmask()),
+        own_subnet: to_wire(tunnel.own_subnet.network()),
+        underlay: ground.underlay.index,
+        device: ground.device.index,
+        gro_pair: parts.pair.map_or(0, |pair| pair.sender.ifindex),
+        port: tunnel.port.to_be(),
+        flags,
+    }
+}
+
+/// The offloads a veth underlay needs; a network card is left as it is. A failure costs speed, not the tunnel.
+fn tune(ground: &Ground<'_>, path: &KernelPath, wanted: &[(Feature, Switch)]) {
+    let mut all = Vec::new();
+    if ground.underlay.kind.as_deref() == Some("veth") {
+        all.push((Feature::UdpSegmentation, Switch::Off));
+        all.extend_from_slice(wanted);
+    }
+    if let Err(e) = underlay::tune(&path.pins, &ground.tunnel.underlay, &all) {
+        tracing::warn!("{e}; traffic over {} may be slower", ground.tunnel.underlay);
+    }
+}
+
+impl KernelPath {
+    fn ingress_hook(&self) -> Hook<'_> {
+        let (device, ifindex) = (self.underlay.0.as_str(), self.underlay.1);
+        Hook { device, ifindex, side: Side::Ingress, pin: LinkPin::Ingress }
+    }
+
+    fn encap_hook(&self) -> Hook<'_> {
+        let (device, ifindex) = (self.device.0.as_str(), self.device.1);
+        Hook { device, ifindex, side: Side::Egress, pin: LinkPin::Encap }
+    }
+
+    fn gro_hook(pair: &GroPair) -> Hook<'_> {
+        let (device, ifindex) = (pair.receiver.name.as_str(), pair.receiver.ifindex);
+        Hook { device, ifindex, side: Side::Ingress, pin: LinkPin::Gro }
+    }
+
+    /// The far end of each redirect before what redirects to it.
+    fn attach_tc(&mut self) -> Result<(), Refusal> {
+        if let Some(pair) = self.pair.clone() {
+            self.programs.attach_tc(GRO, &Self::gro_hook(&pair), &self.pins)?;
+            if is_kernel_before(5, 13) {
+                self.programs.attach_pass(&pair.receiver.name, pair.receiver.ifindex, &self.pins)?;
+            }
+        }
+        let (underlay, device) = (self.underlay.clone(), self.device.clone());
+        let hook =
+            Hook { device: &underlay.0, ifindex: underlay.1, side: Side::Ingress, pin: LinkPin::Ingress };
+        self.programs.attach_tc(INGRESS, &hook, &self.pins)?;
+        let hook = Hook { device: &device.0, ifindex: device.1, side: Side::Egress, pin: LinkPin::Encap };
+        self.tc = self.programs.attach_tc(ENCAP, &hook, &self.pins)?;
+        Ok(())
+    }
+
+    /// Why not, in words.
+    fn attach_xdp(&mut self) -> Result<(), String> {
+        let (device, ifindex) = (self.underlay.0.clone(), self.underlay.1);
+        let adoption = match inspect::pinned_link(&self.pins.link(LinkPin::Xdp)) {
+            Ok(Some(link)) if link.ifindex == ifindex => Adoption::TakenOver,
+            _ => Adoption::Fresh,
+        };
+        let program = self.programs.attach_xdp(&device, ifindex, &self.pins).map_err(|refusal| {
+            if matches!(refusal.errno, Some(libc::EBUSY | libc::EEXIST)) {
+                format!("another XDP program is on {device}: {}", refusal.reason())
+            } else {
+                format!("{device} refused native XDP: {}", refusal.reason())
+            }
+        })?;
+        let proof = match self.xdp.take() {
+            Some(xdp) if adoption == Adoption::TakenOver => xdp.proof,
+            _ => Proof::begin(self.seen(), adoption),
+        };
+        self.xdp = Some(XdpPart { program, proof });
+        Ok(())
+    }
+
+    fn attach_all(&mut self) -> Result<(), HostError> {
+        self.attach_tc()?;
+        if self.xdp.is_some() {
+            self.attach_xdp().map_err(|why| HostError::new("replace the XDP program", why))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn xdp_reason(&self) -> String {
+        let Some(xdp) = &self.xdp else { return String::new() };
+        let build = if xdp.program == XDP_FRAGS { " (build for frames over one page)" } else { "" };
+        let proof = match xdp.proof {
+            Proof::Proven => "marks proven",
+            Proof::Awaited { .. } => "marks to be proven by traffic",
+            Proof::Disproved => "marks do not arrive",
+        };
+        format!("native XDP attached{build}, {proof}")
+    }
+
+    fn seen(&self) -> Seen {
+        let packets = |counter| self.maps.count(counter).packets;
+        Seen {
+            sent: packets(Counter::DecapXdp).wrapping_add(packets(Counter::MarkSent)),
+            marked: packets(Counter::MarkSeen),
+        }
+    }
+
+    /// Is everything where it was put? Also carries the proof of XDP forward and speaks up when another program moved
+    /// in front of ours.
+    ///
+    /// # Errors
+    /// The first thing that is not, in words.
+    pub(super) fn look(&mut self, now: Instant) -> Result<(), String> {
+        if let Some(name) = self.maps.unpinned(&self.pins) {
+            return Err(format!("the pin of map {name} is gone"));
+        }
+        let (programs, pins) = (&self.programs, &self.pins);
+        for (name, ifindex) in [&self.device, &self.underlay] {
+            match nix::net::if_::if_nametoindex(name.as_str()) {
+                Ok(index) if index == *ifindex => {}
+                Ok(_) => return Err(format!("{name} was made anew")),
+                Err(_) => return Err(format!("{name} is gone")),
+            }
+        }
+        programs.check_tc(ENCAP, self.tc, &self.encap_hook(), pins)?;
+        programs.check_tc(INGRESS, self.tc, &self.ingress_hook(), pins)?;
+        if let Some(pair) = &self.pair {
+            programs.check_tc(GRO, self.tc, &Self::gro_hook(pair), pins)?;
+        }
+        if let Some(xdp) = &self.xdp {
+            programs.check_xdp(xdp.program, self.underlay.1, pins)?;
+        }
+        self.look_ahead();
+        self.look_at_proof(now)
+    }
+
+    fn look_ahead(&mut self) {
+        let ahead = match self.tc {
+            TcKind::Tcx => self.programs.ahead_of(INGRESS, &self.ingress_hook()),
+            TcKind::Clsact => None,
+        };
+        if ahead != self.ahead {
+            if let Some(id) = ahead {
+                tracing::warn!(
+                    "BPF program {id} now runs before ours on tc ingress of {}; if it ends the processing of tunnel \
+                     packets, they are lost",
+                    self.underlay.0
+                );
+            }
+            self.ahead = ahead;
+        }
+    }
+
+    /// Whether an interface index is the tunnel device's.
+    pub(super) fn is_device(&self, ifindex: u32) -> bool {
+        self.device.1 == ifindex
+    }
+
+    /// The program that runs before ours on the underlay, by id.
+    pub(super) fn ahead(&self) -> Option<u32> {
+        self.ahead
+    }
+
+    fn look_at_proof(&mut self, now: Instant) -> Result<(), String> {
+        let seen = self.seen();
+        let probing = self.programs.settings().flags & XDP_PROBE != 0;
+        let Some(xdp) = &mut self.xdp else { return Ok(()) };
+        let before = xdp.proof;
+        xdp.proof = before.look(seen, now);
+        match xdp.proof {
+            Proof::Proven if probing => Err("XDP's marks are proven, decapsulation moves to it".to_owned()),
+            Proof::Proven => {
+                if before != Proof::Proven {
+                    tracing::info!("udp datapath xdp on {}: marks proven by traffic", self.underlay.0);
+                }
+                Ok(())
+            }
+            Proof::Awaited { .. } => Ok(()),
+            Proof::Disproved => {
+                let (name, ifindex) = &self.underlay;
+                if let Err(e) = self.pins.note_xdp_disproved(*ifindex) {
+                    tracing::warn!("{e}");
+                }
+                Err(format!("packets decapsulated by XDP on {name} arrive without its mark"))
+            }
+        }
+    }
+
+    /// As [`gro_pair::find`]: is the pair there and in shape?
+    ///
+    /// # Errors
+    /// What is missing or wrong.
+    pub(super) async fn check_pair(&self, netlink: &Netlink, mtu: u32) -> Result<(), String> {
+        match &self.pair {
+            None => Ok(()),
+            Some(pair) if gro_pair::find(netlink, &self.device.0, mtu).await? == *pair => Ok(()),
+            Some(_) => Err("the GRO pair was made anew".to_owned()),
+        }
+    }
+}
+
+/// Takes the kernel's part of the tunnel away, whoever put it there: links, then maps, then the pair. That nothing is
+/// there is a success.
+///
+/// # Errors
+/// What could not be removed; the rest was.
+pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) -> Result<(), HostError> {
+    let pins = PinFolder::new(bpffs, &tunnel.device);
+    let mut result: Result<(), HostError> = Ok(());
+    let hooks = [
+        (ENCAP, &tunnel.device, Side::Egress, LinkPin::Encap),
+        (INGRESS, &tunnel.underlay, Side::Ingress, LinkPin::Ingress),
+    ];
+    for (name, device, side, pin) in hooks {
+        if let Ok(ifindex) = nix::net::if_::if_nametoindex(device.as_str()) {
+            let hook = Hook { device, ifindex, side, pin };
+            result = result.and(programs::detach_clsact(name, &hook).map_err(HostError::from));
+        }
+    }
+    underlay::restore(&pins);
+    result = result.and(pins.remove_all().map_err(HostError::from));
+    result.and(gro_pair::remove(netlink, &tunnel.device).await)
+}

@@ -1,0 +1,377 @@
+//! The maps shared with the programs: remote nodes in, counts out.
+//!
+//! They are pinned and survive the agent, and with them the peers' places in `PEER_COUNTERS`: a subnet's index is
+//! taken from the adopted entry, so its counts go on across restarts. A pinned map is used only when it has exactly
+//! the shape this agent was built with; the kernel itself would let a program be loaded with any map at that path.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+
+use aya::Ebpf;
+use aya::maps::{HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues};
+use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
+use flannel_common::peer::{MAX_PEERS, Peer, PeerCount, PeerKey};
+
+use super::errno::Refusal;
+use super::programs::PinFolder;
+
+/// The shape of a map: what must be equal for two agents to share it.
+#[derive(Clone, Copy, Debug)]
+pub struct MapShape {
+    /// Name in the object.
+    pub name: &'static str,
+    /// Name of the pin.
+    pub pin: &'static str,
+    kind: MapType,
+    key: u32,
+    value: u32,
+    entries: u32,
+}
+
+/// Every map of the object that is pinned.
+pub const SHAPES: [MapShape; 3] = [
+    MapShape {
+        name: "PEERS",
+        pin: "peers",
+        kind: MapType::Hash,
+        key: size_of::<PeerKey>() as u32,
+        value: size_of::<Peer>() as u32,
+        entries: MAX_PEERS,
+    },
+    MapShape {
+        name: "COUNTERS",
+        pin: "counters",
+        kind: MapType::PerCpuArray,
+        key: 4,
+        value: size_of::<Count>() as u32,
+        entries: MAX_COUNTERS,
+    },
+    MapShape {
+        name: "PEER_COUNTERS",
+        pin: "peer_counters",
+        kind: MapType::PerCpuArray,
+        key: 4,
+        value: size_of::<PeerCount>() as u32,
+        entries: MAX_PEERS,
+    },
+];
+
+impl MapShape {
+    /// What differs, in words; `None` when the map can be used.
+    fn difference(&self, info: &MapInfo) -> Option<String> {
+        if info.map_type().ok() != Some(self.kind) {
+            return Some(format!("it is a {:?}, not a {:?}", info.map_type().ok(), self.kind));
+        }
+        [
+            ("key size", info.key_size(), self.key),
+            ("value size", info.value_size(), self.value),
+            ("entries", info.max_entries(), self.entries),
+        ]
+        .into_iter()
+        .find(|(_, is, wanted)| is != wanted)
+        .map(|(what, is, wanted)| format!("its {what} is {is}, not {wanted}"))
+    }
+}
+
+/// Unpins every pinned map of another shape, so that loading makes a new one. Programs still attached keep using the
+/// old one until they are replaced.
+///
+/// # Errors
+/// A pin that can't be read or removed.
+pub fn discard_strangers(pins: &PinFolder) -> Result<(), Refusal> {
+    for shape in &SHAPES {
+        let path = pins.map(shape.pin);
+        if !path.exists() {
+            continue;
+        }
+        let difference = match MapData::from_pin(&path).and_then(|map| map.info()) {
+            Ok(info) => shape.difference(&info),
+            // Not a map at all.
+            Err(e) => Some(Refusal::from_map("it can't be read", &e).to_string()),
+        };
+        if let Some(difference) = difference {
+            tracing::warn!("pinned map {} is not used: {difference}; making a new one", path.display());
+            fs::remove_file(&path)
+                .map_err(|e| Refusal::from_io(format!("remove the pin {}", path.display()), &e))?;
+        }
+    }
+    Ok(())
+}
+
+/// The maps of a running tunnel.
+pub struct Maps {
+    peers: HashMap<MapData, PeerKey, Peer>,
+    counters: PerCpuArray<MapData, Count>,
+    peer_counters: PerCpuArray<MapData, PeerCount>,
+    indexes: Indexes,
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object. Entries an earlier agent left stay, with their indexes.
+    ///
+    /// # Errors
+    /// The object has other maps than this agent was built for, or the kernel refuses to read them.
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self, Refusal> {
+        let mut take = |index: usize| {
+            let name = SHAPES.get(index).map_or("", |shape| shape.name);
+            let doing = format!("open map {name}");
+            ebpf.take_map(name).ok_or_else(|| Refusal::new(doing.clone(), "the eBPF object has no such map"))
+        };
+        let wrong = |e: MapError| Refusal::from_map("open the maps of the eBPF object", &e);
+        let mut maps = Self {
+            peers: HashMap::try_from(take(0)?).map_err(wrong)?,
+            counters: PerCpuArray::try_from(take(1)?).map_err(wrong)?,
+            peer_counters: PerCpuArray::try_from(take(2)?).map_err(wrong)?,
+            indexes: Indexes::default(),
+        };
+        maps.adopt_indexes()?;
+        Ok(maps)
+    }
+
+    /// Reads which places in `PEER_COUNTERS` are taken; drops entries whose place is impossible or another's.
+    fn adopt_indexes(&mut self) -> Result<(), Refusal> {
+        for (subnet, peer) in self.entries()? {
+            if !self.indexes.take(peer.index) {
+                tracing::warn!(
+                    "adopted peer at {subnet} has counter index {}, which can't be; dropped",
+                    peer.index
+                );
+                self.delete(to_wire(subnet)).map_err(|e| Refusal::from_map("clean map PEERS", &e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pins what lost its pin: the maps are still ours by file descriptor.
+    ///
+    /// # Errors
+    /// Missing permission.
+    pub fn ensure_pinned(&self, pins: &PinFolder) -> Result<(), Refusal> {
+        for (shape, map) in SHAPES.iter().zip(self.data()) {
+            let path = pins.map(shape.pin);
+            if !path.exists() {
+                map.pin(&path).map_err(|e| Refusal::from_pin(format!("pin map {}", shape.name), &e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first map without its pin.
+    #[must_use]
+    pub fn unpinned(&self, pins: &PinFolder) -> Option<&'static str> {
+        SHAPES.iter().find(|shape| !pins.map(shape.pin).exists()).map(|shape| shape.name)
+    }
+
+    fn data(&self) -> [&MapData; 3] {
+        [self.peers.map(), self.counters.map(), self.peer_counters.map()]
+    }
+
+    /// Base address of each subnet, and its node.
+    ///
+    /// # Errors
+    /// The kernel refuses to read the map.
+    pub fn entries(&self) -> Result<BTreeMap<Ipv4Addr, Peer>, Refusal> {
+        let mut entries = BTreeMap::new();
+        for entry in self.peers.iter() {
+            let (key, peer) = entry.map_err(|e| Refusal::from_map("read map PEERS", &e))?;
+            entries.insert(from_wire(key), peer);
+        }
+        Ok(entries)
+    }
+
+    /// Adds or replaces, in one step. A subnet that has an entry keeps its counts, also when it moved to another node.
+    ///
+    /// # Errors
+    /// The map is full (16384 peers), or the kernel refuses to write it.
+    pub fn put(&mut self, subnet: Ipv4Addr, to: Towards) -> Result<(), Refusal> {
+        let doing = || format!("write the map entry of peer {subnet}");
+        let key = to_wire(subnet);
+        let existing = match self.peers.get(&key, 0) {
+            Ok(peer) => Some(peer),
+            Err(MapError::KeyNotFound) => None,
+            Err(e) => return Err(Refusal::from_map(doing(), &e)),
+        };
+        let index = match existing {
+            Some(peer) => peer.index,
+            None => self.fresh_index(doing)?,
+        };
+        let peer =
+            Peer { node: to_wire(to.node), next_hop: to_wire(to.next_hop), ifindex: to.ifindex, index };
+        if existing == Some(peer) {
+            return Ok(());
+        }
+        self.peers.insert(key, peer, 0).map_err(|e| {
+            if existing.is_none() {
+                self.indexes.free(index);
+            }
+            Refusal::from_map(doing(), &e)
+        })
+    }
+
+    /// The lowest free place, with its counts set to zero.
+    fn fresh_index(&mut self, doing: impl Fn() -> String) -> Result<u32, Refusal> {
+        let index = self
+            .indexes
+            .lowest_free()
+            .ok_or_else(|| Refusal::new(doing(), format!("the map holds at most {MAX_PEERS} peers")))?;
+        let cpus = self.peer_counters.get(&index, 0).map_err(|e| Refusal::from_map(doing(), &e))?.len();
+        let zeros = PerCpuValues::try_from(vec![PeerCount::default(); cpus])
+            .map_err(|e: io::Error| Refusal::from_io(doing(), &e))?;
+        self.peer_counters.set(index, zeros, 0).map_err(|e| Refusal::from_map(doing(), &e))?;
+        self.indexes.take(index);
+        Ok(index)
+    }
+
+    /// That there is no entry is a success.
+    ///
+    /// # Errors
+    /// The kernel refuses to write the map.
+    pub fn remove(&mut self, subnet: Ipv4Addr) -> Result<(), Refusal> {
+        let key = to_wire(subnet);
+        let index = self.peers.get(&key, 0).ok().map(|peer| peer.index);
+        self.delete(key)
+            .map_err(|e| Refusal::from_map(format!("remove the map entry of peer {subnet}"), &e))?;
+        if let Some(index) = index {
+            self.indexes.free(index);
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, key: PeerKey) -> Result<(), MapError> {
+        match self.peers.remove(&key) {
+            Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Sums over all CPUs, in index order of [`Counter`]. What can't be read counts as zero.
+    #[must_use]
+    pub fn counts(&self) -> Vec<Count> {
+        Counter::ALL.iter().map(|counter| self.count(*counter)).collect()
+    }
+
+    /// Sum over all CPUs; zero when it can't be read.
+    #[must_use]
+    pub fn count(&self, counter: Counter) -> Count {
+        let values = self.counters.get(&(counter as u32), 0);
+        values.map_or_else(
+            |_| Count::default(),
+            |values| {
+                values.iter().fold(Count::default(), |sum, cpu| Count {
+                    packets: sum.packets.wrapping_add(cpu.packets),
+                    bytes: sum.bytes.wrapping_add(cpu.bytes),
+                })
+            },
+        )
+    }
+
+    /// Sum over all CPUs for the peer with this index; zero when it can't be read.
+    #[must_use]
+    pub fn peer_count(&self, index: u32) -> PeerCount {
+        let values = self.peer_counters.get(&index, 0);
+        values.map_or_else(|_| PeerCount::default(), |values| values.iter().fold(PeerCount::default(), add))
+    }
+}
+
+/// Where a peer's datagrams go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Towards {
+    pub node: Ipv4Addr,
+    /// The node itself when it is on-link, else the gateway.
+    pub next_hop: Ipv4Addr,
+    pub ifindex: u32,
+}
+
+impl From<Peer> for Towards {
+    fn from(peer: Peer) -> Self {
+        Self { node: from_wire(peer.node), next_hop: from_wire(peer.next_hop), ifindex: peer.ifindex }
+    }
+}
+
+/// Sum of two.
+pub(super) fn add(a: PeerCount, b: &PeerCount) -> PeerCount {
+    PeerCount {
+        tx_packets: a.tx_packets.wrapping_add(b.tx_packets),
+        tx_bytes: a.tx_bytes.wrapping_add(b.tx_bytes),
+        rx_packets: a.rx_packets.wrapping_add(b.rx_packets),
+        rx_bytes: a.rx_bytes.wrapping_add(b.rx_bytes),
+    }
+}
+
+/// An address as it stands in the packet.
+pub(super) fn to_wire(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
+}
+
+pub(super) fn from_wire(address: u32) -> Ipv4Addr {
+    Ipv4Addr::from(address.to_ne_bytes())
+}
+
+/// Places in `PEER_COUNTERS`.
+#[derive(Debug, Default)]
+struct Indexes {
+    taken: BTreeSet<u32>,
+    /// Every index below is taken.
+    floor: u32,
+}
+
+impl Indexes {
+    /// False when it is taken already or does not exist.
+    fn take(&mut self, index: u32) -> bool {
+        let taken = index < MAX_PEERS && self.taken.insert(index);
+        while self.taken.contains(&self.floor) {
+            self.floor += 1;
+        }
+        taken
+    }
+
+    fn free(&mut self, index: u32) {
+        if self.taken.remove(&index) {
+            self.floor = self.floor.min(index);
+        }
+    }
+
+    fn lowest_free(&self) -> Option<u32> {
+        Some(self.floor).filter(|floor| *floor < MAX_PEERS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_free_index_is_given_and_a_freed_one_again() {
+        let mut indexes = Indexes::default();
+        for adopted in [0, 1, 3] {
+            assert!(indexes.take(adopted));
+        }
+        assert_eq!(indexes.lowest_free(), Some(2));
+        assert!(indexes.take(2));
+        assert_eq!(indexes.lowest_free(), Some(4));
+        indexes.free(1);
+        assert_eq!(indexes.lowest_free(), Some(1));
+    }
+
+    #[test]
+    fn an_index_is_taken_once_and_must_exist() {
+        let mut indexes = Indexes::default();
+        assert!(indexes.take(7));
+        assert!(!indexes.take(7));
+        assert!(!indexes.take(MAX_PEERS));
+        for index in 0..MAX_PEERS {
+            indexes.take(index);
+        }
+        assert_eq!(indexes.lowest_free(), None);
+    }
+
+    #[test]
+    fn addresses_stand_in_the_maps_as_in_the_packet() {
+        let address = Ipv4Addr::new(10, 244, 2, 0);
+        assert_eq!(to_wire(address).to_ne_bytes(), [10, 244, 2, 0]);
+        assert_eq!(from_wire(to_wire(address)), address);
+    }
+}

@@ -1,0 +1,44 @@
+//! What `status` and the metrics say about a tunnel: the tier and why, and every count, from whichever tier counted.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::Serialize;
+
+use super::ladder::Tier;
+
+/// One tunnel at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TunnelReport {
+    pub device: String,
+    pub underlay: String,
+    pub tier: Tier,
+    /// Why this tier, in one line.
+    pub reason: String,
+    /// By [`Counter::name`](flannel_common::counter::Counter::name); those that are zero too.
+    pub counters: BTreeMap<&'static str, Tally>,
+    /// By subnet.
+    pub peers: Vec<PeerReport>,
+}
+
+/// Packets, and bytes of inner packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tally {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// One remote node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PeerReport {
+    pub subnet: Ipv4Net,
+    pub node: Ipv4Addr,
+    /// Where datagrams to it are sent on the wire: itself or a gateway. `None` in the `tun` tier, where the kernel
+    /// routes each datagram.
+    pub next_hop: Option<Ipv4Addr>,
+    pub tx_packets: u64,
+    pub tx_bytes: u64,
+    pub rx_packets: u64,
+    pub rx_bytes: u64,
+}

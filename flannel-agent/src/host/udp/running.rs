@@ -1,0 +1,395 @@
+//! One tunnel that is up: the kernel's part, the user-space part, and the peers both know.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::time::Instant;
+
+use flannel_common::counter::Counter;
+use flannel_common::peer::PeerCount;
+use ipnet::Ipv4Net;
+
+use super::errno::Refusal;
+use super::ladder::{self, Ground, KernelPath, Rung, Tier};
+use super::maps::{Towards, add, from_wire};
+use super::programs::PinFolder;
+use super::report::{PeerReport, Tally, TunnelReport};
+use super::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
+use crate::domain::host_state::{Datapath, HostItem, Tunnel, TunnelPeer};
+use crate::host::HostError;
+use crate::host::netlink::{LinkInfo, Netlink, NextHop};
+
+/// A tunnel, and what carries it.
+pub(super) struct Running {
+    tunnel: Tunnel,
+    rung: Option<Rung>,
+    kernel: Option<KernelPath>,
+    user: Option<UserPath>,
+    peers: BTreeMap<Ipv4Net, Ipv4Addr>,
+    /// What was wrong at the last look: said once, not at every look.
+    complaint: Option<String>,
+    /// Entries of an earlier agent came with the maps; someone should compare them with what is wanted.
+    adopted: bool,
+}
+
+struct UserPath {
+    /// What it was started for.
+    tunnel: Tunnel,
+    ifindex: u32,
+    path: UserTunnel,
+}
+
+impl Running {
+    pub(super) fn new(tunnel: Tunnel) -> Self {
+        Self {
+            tunnel,
+            rung: None,
+            kernel: None,
+            user: None,
+            peers: BTreeMap::new(),
+            complaint: None,
+            adopted: false,
+        }
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.rung.is_some()
+    }
+
+    fn is_in_kernel(&self) -> bool {
+        self.rung.as_ref().is_some_and(|rung| rung.tier != Tier::Tun)
+    }
+
+    /// Brings the tunnel up as `tunnel` says, or changes the running one, or repairs it.
+    ///
+    /// # Errors
+    /// What is missing. A tunnel that was up before stays as it was, as far as it still is.
+    pub(super) async fn bring_up(
+        &mut self,
+        netlink: &Netlink,
+        bpffs: &Path,
+        tunnel: &Tunnel,
+    ) -> Result<(), HostError> {
+        let device = link(netlink, tunnel, &tunnel.device).await?;
+        let underlay = link(netlink, tunnel, &tunnel.underlay).await?;
+        let datapath = tunnel.options.datapath;
+        self.start_user_path(tunnel, &device, first_role(datapath))?;
+
+        let fresh = self.kernel.is_none();
+        let rung = if datapath == Datapath::Tun {
+            Err("chosen by --udp-datapath=tun".to_owned())
+        } else {
+            let ground = Ground { netlink, bpffs, tunnel, device, underlay };
+            match ladder::climb(&ground, &mut self.kernel).await {
+                Ok(rung) => Ok(rung),
+                // A tier that carries packets is not given up because a step of its repair failed.
+                Err(e) if datapath == Datapath::Auto && !self.is_in_kernel() => Err(e.to_string()),
+                Err(e) => return Err(e),
+            }
+        };
+        let rung = match rung {
+            Ok(rung) => rung,
+            Err(reason) => {
+                // User space carries everything before the kernel stops to.
+                self.set_role(Role::WholePath);
+                self.kernel = None;
+                ladder::tear_down(netlink, bpffs, &self.tunnel).await?;
+                if self.tunnel.underlay != tunnel.underlay {
+                    ladder::tear_down(netlink, bpffs, tunnel).await?;
+                }
+                Rung { tier: Tier::Tun, reason }
+            }
+        };
+        if fresh {
+            self.adopt_peers(tunnel)?;
+        }
+        self.refill()?;
+        self.set_role(match rung.tier {
+            Tier::Xdp => Role::Exceptions { udp_gro: UdpGro::Allowed },
+            Tier::TcGro | Tier::Tc => Role::Exceptions { udp_gro: UdpGro::Forbidden },
+            Tier::Tun => Role::WholePath,
+        });
+        self.tell_user_path();
+        if self.rung.as_ref() != Some(&rung) {
+            tracing::info!("udp datapath {} on {}: {}", rung.tier.name(), tunnel.underlay, rung.reason);
+        }
+        self.tunnel = tunnel.clone();
+        self.rung = Some(rung);
+        self.complaint = None;
+        Ok(())
+    }
+
+    /// Starts the user-space path, or starts it again when it ended or was started for something else.
+    fn start_user_path(&mut self, tunnel: &Tunnel, device: &LinkInfo, role: Role) -> Result<(), HostError> {
+        if let Some(user) = &self.user
+            && user.ifindex == device.index
+            && user.path.is_running().is_ok()
+            && serves(&user.tunnel, tunnel)
+        {
+            return Ok(());
+        }
+        // The old one holds the port.
+        self.user = None;
+        let path = UserTunnel::start(UserTunnelConfig {
+            device: tunnel.device.clone(),
+            local: tunnel.local,
+            port: tunnel.port,
+            mtu: tunnel.mtu,
+            network: tunnel.network,
+            own_subnet: tunnel.own_subnet,
+            source_check: tunnel.options.source_check,
+            role,
+        })?;
+        self.user = Some(UserPath { tunnel: tunnel.clone(), ifindex: device.index, path });
+        self.tell_user_path();
+        Ok(())
+    }
+
+    fn set_role(&self, role: Role) {
+        if let Some(user) = &self.user {
+            user.path.set_role(role);
+        }
+    }
+
+    fn tell_user_path(&self) {
+        if let Some(user) = &self.user {
+            user.path.set_peers(self.peers.iter().map(|(subnet, node)| (*subnet, *node)).collect());
+        }
+    }
+
+    /// What an earlier agent left in the map is in use until someone says otherwise.
+    fn adopt_peers(&mut self, tunnel: &Tunnel) -> Result<(), Refusal> {
+        let Some(kernel) = &self.kernel else { return Ok(()) };
+        for (base, peer) in kernel.maps.entries()? {
+            if let Ok(subnet) = Ipv4Net::new(base, tunnel.own_subnet.prefix_len()) {
+                self.peers.entry(subnet).or_insert_with(|| from_wire(peer.node));
+                self.adopted = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Peers that a new map lacks are forgotten here as well: the next look at the host shows them missing, and they
+    /// are put again with their next hop of that time.
+    fn refill(&mut self) -> Result<(), Refusal> {
+        let Some(kernel) = &self.kernel else { return Ok(()) };
+        let entries = kernel.maps.entries()?;
+        let before = self.peers.len();
+        self.peers.retain(|subnet, _| entries.contains_key(&subnet.network()));
+        self.adopted |= self.peers.len() != before;
+        Ok(())
+    }
+
+    /// Adds or moves a peer. [`Running::tell_user_path`] is the caller's, after the last of a batch.
+    ///
+    /// # Errors
+    /// No way to the node, or one that leads through the tunnel itself; a lease of another size than ours.
+    pub(super) fn put_peer(
+        &mut self,
+        peer: &TunnelPeer,
+        next_hop: &Result<NextHop, HostError>,
+    ) -> Result<(), HostError> {
+        if let Some(kernel) = &mut self.kernel {
+            let failed = |reason: String| {
+                HostError::new(format!("put {}", HostItem::TunnelPeer(peer.clone())), reason)
+            };
+            let expected = self.tunnel.own_subnet.prefix_len();
+            if peer.subnet.prefix_len() != expected {
+                return Err(failed(format!(
+                    "the kernel data path needs leases of one size, and ours is a /{expected}"
+                )));
+            }
+            let towards = towards(peer.node, next_hop).map_err(failed)?;
+            if kernel.is_device(towards.ifindex) {
+                return Err(failed(format!("the way to {} leads through the tunnel itself", peer.node)));
+            }
+            kernel.maps.put(peer.subnet.network(), towards)?;
+        }
+        self.peers.insert(peer.subnet, peer.node);
+        Ok(())
+    }
+
+    /// Removes a peer; that it is gone is a success. [`Running::tell_user_path`] is the caller's.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn remove_peer(&mut self, peer: &TunnelPeer) -> Result<(), HostError> {
+        if let Some(kernel) = &mut self.kernel
+            && peer.subnet.prefix_len() == self.tunnel.own_subnet.prefix_len()
+        {
+            kernel.maps.remove(peer.subnet.network())?;
+        }
+        self.peers.remove(&peer.subnet);
+        Ok(())
+    }
+
+    /// Makes the user-space path know the peers there are.
+    pub(super) fn peers_changed(&self) {
+        self.tell_user_path();
+    }
+
+    /// The items that are truly in place.
+    pub(super) async fn observe(&mut self, netlink: &Netlink) -> Vec<HostItem> {
+        let mut items = Vec::new();
+        if self.is_up() {
+            let mut health = self.look();
+            if health.is_ok()
+                && let Some(kernel) = &self.kernel
+            {
+                health = kernel.check_pair(netlink, self.tunnel.mtu).await;
+            }
+            match health {
+                Ok(()) => items.push(HostItem::Tunnel(self.tunnel.clone())),
+                Err(reason) => tracing::info!("tunnel on {} needs repair: {reason}", self.tunnel.device),
+            }
+        }
+        let entries = match &self.kernel {
+            None => None,
+            Some(kernel) => match kernel.maps.entries() {
+                Ok(entries) => Some(entries),
+                Err(e) => {
+                    tracing::warn!("{e}");
+                    return items;
+                }
+            },
+        };
+        let mut hops = BTreeMap::new();
+        if entries.is_some() {
+            let nodes: Vec<Ipv4Addr> = distinct(self.peers.values().copied());
+            hops = nodes.iter().copied().zip(netlink.next_hops(&nodes).await).collect();
+        }
+        for (subnet, node) in &self.peers {
+            let in_place = entries.as_ref().is_none_or(|entries| {
+                let wanted = hops.get(node).and_then(|hop| towards(*node, hop).ok());
+                entries.get(&subnet.network()).map(|peer| Towards::from(*peer)) == wanted && wanted.is_some()
+            });
+            if in_place {
+                items.push(HostItem::TunnelPeer(TunnelPeer {
+                    device: self.tunnel.device.clone(),
+                    subnet: *subnet,
+                    node: *node,
+                }));
+            }
+        }
+        items
+    }
+
+    fn look(&mut self) -> Result<(), String> {
+        match &self.user {
+            None => return Err("its user-space path is not running".to_owned()),
+            Some(user) => user.path.is_running()?,
+        }
+        match &mut self.kernel {
+            Some(kernel) => kernel.look(Instant::now()),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether there is something new for the agent to look at: a part stopped working, or entries were taken over.
+    pub(super) fn has_news(&mut self) -> bool {
+        let complaint = self.look().err();
+        let news = complaint.is_some() && complaint != self.complaint;
+        self.complaint = complaint;
+        news | std::mem::take(&mut self.adopted)
+    }
+
+    pub(super) fn report(&self) -> Option<TunnelReport> {
+        let rung = self.rung.as_ref()?;
+        let user = self.user.as_ref().map(|user| user.path.counters());
+        let in_kernel = self.kernel.as_ref().map(|kernel| kernel.maps.counts());
+        let mut counters = BTreeMap::new();
+        for counter in Counter::ALL {
+            let of = |counts: Option<&Vec<flannel_common::counter::Count>>| {
+                counts.and_then(|counts| counts.get(*counter as usize)).copied().unwrap_or_default()
+            };
+            let (a, b) = (of(in_kernel.as_ref()), of(user.as_ref().map(|user| &user.counts)));
+            let tally =
+                Tally { packets: a.packets.wrapping_add(b.packets), bytes: a.bytes.wrapping_add(b.bytes) };
+            counters.insert(counter.name(), tally);
+        }
+        let entries = self.kernel.as_ref().and_then(|kernel| kernel.maps.entries().ok()).unwrap_or_default();
+        let peers = self
+            .peers
+            .iter()
+            .map(|(subnet, node)| {
+                let entry = entries.get(&subnet.network());
+                let in_kernel = match (&self.kernel, entry) {
+                    (Some(kernel), Some(peer)) => kernel.maps.peer_count(peer.index),
+                    _ => PeerCount::default(),
+                };
+                let in_user =
+                    user.as_ref().and_then(|user| user.peers.get(subnet)).copied().unwrap_or_default();
+                let count = add(in_kernel, &in_user);
+                PeerReport {
+                    subnet: *subnet,
+                    node: *node,
+                    next_hop: entry.map(|peer| from_wire(peer.next_hop)),
+                    tx_packets: count.tx_packets,
+                    tx_bytes: count.tx_bytes,
+                    rx_packets: count.rx_packets,
+                    rx_bytes: count.rx_bytes,
+                }
+            })
+            .collect();
+        Some(TunnelReport {
+            device: self.tunnel.device.clone(),
+            underlay: self.tunnel.underlay.clone(),
+            tier: rung.tier,
+            reason: self.reason(rung),
+            counters,
+            peers,
+        })
+    }
+
+    fn reason(&self, rung: &Rung) -> String {
+        let mut reason = match (&self.kernel, rung.tier) {
+            (Some(kernel), Tier::Xdp) => kernel.xdp_reason(),
+            _ => rung.reason.clone(),
+        };
+        if let Some(id) = self.kernel.as_ref().and_then(KernelPath::ahead) {
+            reason.push_str(&format!("; program {id} runs before ours on {}", self.tunnel.underlay));
+        }
+        reason
+    }
+}
+
+/// Whether pins of an earlier agent are there: then a failure to bring the tunnel up must not take them away.
+pub(super) fn has_pins(bpffs: &Path, tunnel: &Tunnel) -> bool {
+    PinFolder::new(bpffs, &tunnel.device).is_in_use()
+}
+
+async fn link(netlink: &Netlink, tunnel: &Tunnel, name: &str) -> Result<LinkInfo, HostError> {
+    netlink.link(name).await?.ok_or_else(|| {
+        HostError::new(
+            format!("bring up the tunnel on {}", tunnel.device),
+            format!("there is no network device {name}"),
+        )
+    })
+}
+
+/// Before the tier is known. Merging datagrams would keep them from a tc program taken over.
+fn first_role(datapath: Datapath) -> Role {
+    match datapath {
+        Datapath::Tun => Role::WholePath,
+        _ => Role::Exceptions { udp_gro: UdpGro::Forbidden },
+    }
+}
+
+/// Whether a user-space path started for one tunnel does for the other.
+fn serves(started: &Tunnel, wanted: &Tunnel) -> bool {
+    let key = |t: &Tunnel| {
+        (t.device.clone(), t.local, t.port, t.mtu, t.network, t.own_subnet, t.options.source_check)
+    };
+    key(started) == key(wanted)
+}
+
+fn towards(node: Ipv4Addr, next_hop: &Result<NextHop, HostError>) -> Result<Towards, String> {
+    match next_hop {
+        Ok(hop) => Ok(Towards { node, next_hop: hop.via.unwrap_or(node), ifindex: hop.ifindex }),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn distinct(nodes: impl Iterator<Item = Ipv4Addr>) -> Vec<Ipv4Addr> {
+    nodes.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+}

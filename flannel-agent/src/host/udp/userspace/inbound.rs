@@ -1,0 +1,149 @@
+//! Socket → device.
+
+use std::{
+    io::{ErrorKind, IoSlice},
+    os::fd::AsFd,
+    time::Instant,
+};
+
+use flannel_common::{
+    counter::Counter,
+    header::{Arrival, NO_PEER, Verdict, admit},
+    peer,
+};
+use nix::poll::PollFlags;
+
+use super::{
+    Shared, Wake,
+    merge::Merger,
+    packet::{head_mut, whole},
+    peers::PeerTable,
+    rate_limit::RateLimit,
+    socket::{Inbox, Message},
+};
+
+/// Log lines per second about packets that could not be received or delivered.
+const LINES: (u32, u32) = (1, 3);
+/// Pause after an error that may last, such as no memory.
+const PAUSE_MS: u8 = 10;
+
+/// Runs until the tunnel is stopped.
+pub(super) fn run(shared: &Shared) -> Result<(), String> {
+    let mut inbox = Inbox::new();
+    let mut lines = RateLimit::new(LINES.0, LINES.1, Instant::now());
+    loop {
+        if shared.stop.or(shared.socket.as_fd(), PollFlags::POLLIN)? == Wake::Stop {
+            return Ok(());
+        }
+        loop {
+            if shared.stop.is_set() {
+                return Ok(());
+            }
+            inbox.expect(shared.role().udp_gro());
+            match shared.socket.receive(&mut inbox) {
+                Ok(()) => deliver_all(shared, &mut inbox, &mut lines),
+                Err(e) => match e.kind() {
+                    ErrorKind::WouldBlock => break,
+                    ErrorKind::Interrupted => continue,
+                    _ => {
+                        if lines.allows(Instant::now()) {
+                            tracing::warn!(device = shared.name, "receiving from the tunnel's socket: {e}");
+                        }
+                        shared.stop.or_after(PAUSE_MS);
+                    }
+                },
+            }
+            if !inbox.is_full() {
+                break;
+            }
+        }
+    }
+}
+
+fn deliver_all(shared: &Shared, inbox: &mut Inbox, lines: &mut RateLimit) {
+    let peers = shared.peers.load();
+    let mut merger = Merger::new();
+    let mut write = |pieces: &[IoSlice<'_>]| write(shared, pieces, lines);
+    for Message { bytes, size, node, tos } in inbox.messages() {
+        if bytes.is_empty() {
+            shared.inbound.add(Counter::Malformed, 1, 0);
+            continue;
+        }
+        let arrival = Arrival { node: u32::from_ne_bytes(node.octets()), tos };
+        for datagram in bytes.chunks_mut(size.max(1)) {
+            if let Some(packet) = accept(shared, datagram, arrival, &peers) {
+                merger.push(packet, &mut write);
+            }
+        }
+    }
+    merger.flush(&mut write);
+}
+
+/// The packet to deliver, changed as this end of the tunnel has to; or `None`, counted.
+///
+/// Bytes behind the inner packet are cut off, as the kernel would do with what flanneld writes. A packet above the
+/// device's MTU is dropped, where flanneld delivered its beginning (contract T7).
+fn accept<'p>(
+    shared: &Shared,
+    datagram: &'p mut [u8],
+    arrival: Arrival,
+    peers: &PeerTable,
+) -> Option<&'p [u8]> {
+    let drop = |reason, bytes| {
+        shared.inbound.add(reason, 1, bytes);
+        None
+    };
+    let Some(inner) = whole(datagram).map(|(ip, _)| *ip) else {
+        return drop(Counter::Malformed, datagram.len());
+    };
+    let total = usize::from(inner.total_length());
+    if total > shared.mtu {
+        return drop(Counter::Oversize, total);
+    }
+    let mut sender = None;
+    let verdict = admit(&shared.settings, arrival, &inner, |_| {
+        let peer = peers.lookup(inner.source.into())?;
+        sender = Some(peer);
+        let node = u32::from_ne_bytes(peer.node.octets());
+        Some(peer::Peer { node, next_hop: node, ifindex: 0, index: 0 })
+    });
+    let delivery = match verdict {
+        Verdict::Deliver(delivery) => delivery,
+        Verdict::Drop(reason) => return drop(reason, total),
+        Verdict::NotOurs | Verdict::HandOn(_) => return drop(Counter::Malformed, total),
+    };
+    if let Some(reason) = delivery.observed {
+        shared.inbound.add(reason, 1, total);
+    }
+    if let Some(sender) = sender.filter(|_| delivery.peer != NO_PEER) {
+        sender.traffic.received(total as u64);
+    }
+    delivery.rewrite.apply(head_mut(datagram)?);
+    datagram.get(..total)
+}
+
+/// Writes one packet, or several merged into one, behind its virtio header.
+fn write(shared: &Shared, pieces: &[IoSlice<'_>], lines: &mut RateLimit) {
+    // Virtio header and packet; or virtio header, head, and one piece of payload per packet.
+    let packets = pieces.len().saturating_sub(2).max(1);
+    let bytes = pieces.iter().skip(1).map(|piece| piece.len()).sum();
+    let counter = loop {
+        match shared.device.write(pieces) {
+            Ok(()) => break Counter::DecapUser,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                match shared.stop.or(shared.device.as_fd(), PollFlags::POLLOUT) {
+                    Ok(Wake::Ready) => {}
+                    Ok(Wake::Stop | Wake::Error) | Err(_) => break Counter::SendFailed,
+                }
+            }
+            Err(e) => {
+                if lines.allows(Instant::now()) {
+                    tracing::warn!(device = shared.name, "delivering to the device: {e}; is it up?");
+                }
+                break Counter::SendFailed;
+            }
+        }
+    };
+    shared.inbound.add(counter, packets, bytes);
+}

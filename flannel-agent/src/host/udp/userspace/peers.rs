@@ -1,0 +1,143 @@
+//! Which node leases an inner address, and what was exchanged with it.
+//!
+//! Leases of one network have one prefix length, so a lookup is one mask and one hash; should a network ever mix
+//! lengths, the longest prefix wins.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use flannel_common::peer::PeerCount;
+use ipnet::Ipv4Net;
+
+/// One node's lease.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) node: Ipv4Addr,
+    pub(super) traffic: Arc<Traffic>,
+}
+
+/// Packets and bytes of inner packets, per direction. Each direction has one thread that writes.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    tx_packets: AtomicU64,
+    tx_bytes: AtomicU64,
+    rx_packets: AtomicU64,
+    rx_bytes: AtomicU64,
+}
+
+impl Traffic {
+    pub(super) fn sent(&self, packets: u64, bytes: u64) {
+        self.tx_packets.fetch_add(packets, Relaxed);
+        self.tx_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    pub(super) fn received(&self, bytes: u64) {
+        self.rx_packets.fetch_add(1, Relaxed);
+        self.rx_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    fn snapshot(&self) -> PeerCount {
+        PeerCount {
+            tx_packets: self.tx_packets.load(Relaxed),
+            tx_bytes: self.tx_bytes.load(Relaxed),
+            rx_packets: self.rx_packets.load(Relaxed),
+            rx_bytes: self.rx_bytes.load(Relaxed),
+        }
+    }
+}
+
+/// All peers at one moment; replaced as a whole.
+#[derive(Debug, Default)]
+pub(super) struct PeerTable {
+    /// Longest prefix first.
+    by_length: Vec<(Ipv4Net, HashMap<Ipv4Addr, Peer>)>,
+}
+
+impl PeerTable {
+    /// A subnet that was in `previous` keeps its counters; of two entries for one subnet the last one wins.
+    pub(super) fn new(peers: impl IntoIterator<Item = (Ipv4Net, Ipv4Addr)>, previous: &Self) -> Self {
+        let mut by_length: BTreeMap<u8, HashMap<Ipv4Addr, Peer>> = BTreeMap::new();
+        for (subnet, node) in peers {
+            let traffic = previous.get(subnet).map(|peer| Arc::clone(&peer.traffic)).unwrap_or_default();
+            by_length
+                .entry(subnet.prefix_len())
+                .or_default()
+                .insert(subnet.network(), Peer { node, traffic });
+        }
+        let any = Ipv4Addr::UNSPECIFIED;
+        let by_length = by_length
+            .into_iter()
+            .rev()
+            .filter_map(|(length, peers)| Some((Ipv4Net::new(any, length).ok()?, peers)))
+            .collect();
+        Self { by_length }
+    }
+
+    /// The node that leases `address`.
+    pub(super) fn lookup(&self, address: Ipv4Addr) -> Option<&Peer> {
+        self.by_length.iter().find_map(|(mask, peers)| peers.get(&(address & mask.netmask())))
+    }
+
+    fn get(&self, subnet: Ipv4Net) -> Option<&Peer> {
+        let (_, peers) = self.by_length.iter().find(|(mask, _)| mask.prefix_len() == subnet.prefix_len())?;
+        peers.get(&subnet.network())
+    }
+
+    pub(super) fn counts(&self) -> BTreeMap<Ipv4Net, PeerCount> {
+        let all = self.by_length.iter().flat_map(|(mask, peers)| {
+            peers.iter().filter_map(|(base, peer)| {
+                Some((Ipv4Net::new(*base, mask.prefix_len()).ok()?, peer.traffic.snapshot()))
+            })
+        });
+        all.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> Ipv4Net {
+        text.parse().unwrap()
+    }
+
+    fn ip(text: &str) -> Ipv4Addr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_longest_prefix_wins() {
+        let peers = [
+            (net("10.5.0.0/16"), ip("192.0.2.1")),
+            (net("10.5.54.0/24"), ip("192.0.2.2")),
+            (net("10.5.54.128/25"), ip("192.0.2.3")),
+        ];
+        let table = PeerTable::new(peers, &PeerTable::default());
+        for (address, node) in [
+            ("10.5.54.200", Some("192.0.2.3")),
+            ("10.5.54.7", Some("192.0.2.2")),
+            ("10.5.55.7", Some("192.0.2.1")),
+            ("10.6.0.1", None),
+        ] {
+            assert_eq!(table.lookup(ip(address)).map(|p| p.node), node.map(ip), "{address}");
+        }
+    }
+
+    #[test]
+    fn a_moved_peer_keeps_its_counters_and_a_removed_one_is_gone() {
+        let subnets = [net("10.5.1.0/24"), net("10.5.2.0/24")];
+        let before = PeerTable::new(subnets.map(|s| (s, ip("192.0.2.1"))), &PeerTable::default());
+        before.lookup(ip("10.5.1.9")).unwrap().traffic.sent(3, 300);
+        let after = PeerTable::new([(subnets[0], ip("192.0.2.9"))], &before);
+        assert_eq!(after.lookup(ip("10.5.1.9")).unwrap().node, ip("192.0.2.9"));
+        let counts = after.counts();
+        assert_eq!(counts.len(), 1);
+        assert_eq!(counts[&subnets[0]].tx_bytes, 300);
+    }
+}

@@ -1,0 +1,422 @@
+//! What an operator says about etcd, checked before anything is sent.
+//!
+//! Nothing here reaches the network: etcd may be down when a node boots. What can be wrong without asking etcd, such
+//! as a missing file or a key that belongs to another certificate, is an error at once that names the flag.
+
+use std::fmt;
+use std::io;
+use std::net::Ipv6Addr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{Certificate, Identity, TlsOptions};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+/// The `--etcd-*` flags. Empty texts and paths mean "not given".
+#[derive(Clone)]
+pub struct EtcdOptions {
+    /// `http://host:port` or `https://host:port`; without a scheme the presence of TLS files decides.
+    pub endpoints: Vec<String>,
+    /// Folder of the network in etcd, cleaned as Go's `path.Join` does.
+    pub prefix: String,
+    /// Client certificate and key, PEM: both or neither.
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
+    /// Certificate authorities that may vouch for the server, PEM; the system's when not given.
+    pub ca_file: Option<PathBuf>,
+    /// User of etcd's own authentication: both or neither.
+    pub username: Option<String>,
+    pub password: Option<String>,
+    /// How often a running watch is compared with a fresh list, give or take a fifth.
+    pub resync: Duration,
+}
+
+impl Default for EtcdOptions {
+    /// flanneld's defaults (contract §1.3); a full compare every five minutes.
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["http://127.0.0.1:4001".into(), "http://127.0.0.1:2379".into()],
+            prefix: "/coreos.com/network".into(),
+            cert_file: None,
+            key_file: None,
+            ca_file: None,
+            username: None,
+            password: None,
+            resync: Duration::from_secs(300),
+        }
+    }
+}
+
+/// Options end up in logs; the password does not.
+impl fmt::Debug for EtcdOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdOptions")
+            .field("endpoints", &self.endpoints.iter().map(|text| without_user(text)).collect::<Vec<_>>())
+            .field("prefix", &self.prefix)
+            .field("cert_file", &self.cert_file)
+            .field("key_file", &self.key_file)
+            .field("ca_file", &self.ca_file)
+            .field("username", &self.username)
+            .field("password", &self.password.as_ref().map(|_| "(hidden)"))
+            .field("resync", &self.resync)
+            .finish()
+    }
+}
+
+/// A flag that can't be right.
+#[derive(Debug, thiserror::Error)]
+pub enum EtcdOptionsError {
+    #[error("--etcd-endpoints names no endpoint; write it like http://10.0.0.1:2379")]
+    NoEndpoint,
+    #[error("--etcd-endpoints: {endpoint:?} {reason}; write it like http://10.0.0.1:2379")]
+    Endpoint { endpoint: String, reason: &'static str },
+    #[error("{given} is given without {missing}: both or neither")]
+    Incomplete { given: &'static str, missing: &'static str },
+    #[error("{flag}: can't read {path}: {source}")]
+    Unreadable { flag: &'static str, path: PathBuf, source: io::Error },
+    #[error("{flag}: {path} {reason}")]
+    Pem { flag: &'static str, path: PathBuf, reason: String },
+    #[error("--etcd-keyfile {key} does not belong to --etcd-certfile {cert}: {reason}")]
+    Mismatch { cert: PathBuf, key: PathBuf, reason: String },
+}
+
+/// Options that passed every check.
+pub(super) struct Checked {
+    pub(super) endpoints: Vec<Endpoint>,
+    pub(super) prefix: String,
+    pub(super) user: Option<(String, String)>,
+    pub(super) resync: Duration,
+}
+
+/// One server, and how to speak to it.
+#[derive(Clone)]
+pub(super) struct Endpoint {
+    pub(super) url: String,
+    /// `None` is plain HTTP.
+    pub(super) tls: Option<TlsOptions>,
+    pub(super) has_client_cert: bool,
+}
+
+pub(super) fn check(options: &EtcdOptions) -> Result<Checked, EtcdOptionsError> {
+    let cert = given(&options.cert_file);
+    let key = given(&options.key_file);
+    let ca = given(&options.ca_file);
+    let identity = match (cert, key) {
+        (Some(cert), Some(key)) => Some(identity(cert, key)?),
+        (None, None) => None,
+        (Some(_), None) => return Err(incomplete("--etcd-certfile", "--etcd-keyfile")),
+        (None, Some(_)) => return Err(incomplete("--etcd-keyfile", "--etcd-certfile")),
+    };
+    let mut tls = TlsOptions::new();
+    tls = match ca {
+        Some(path) => tls.ca_certificate(Certificate::from_pem(authorities(path)?)),
+        None => tls.with_native_roots(),
+    };
+    let has_client_cert = identity.is_some();
+    let wants_tls = has_client_cert || ca.is_some();
+    if let Some(identity) = identity {
+        tls = tls.identity(identity);
+    }
+
+    let mut endpoints = Vec::new();
+    for text in options.endpoints.iter().filter(|text| !text.is_empty()) {
+        let (scheme, authority) = parse_endpoint(text)?;
+        let secure = scheme.map_or(wants_tls, |scheme| scheme == Scheme::Https);
+        if wants_tls && !secure {
+            tracing::warn!(
+                endpoint = %authority,
+                "--etcd-endpoints says http, so the TLS files are not used and the connection is not protected"
+            );
+        }
+        let endpoint = match secure {
+            true => Endpoint { url: format!("https://{authority}"), tls: Some(tls.clone()), has_client_cert },
+            false => Endpoint { url: format!("http://{authority}"), tls: None, has_client_cert: false },
+        };
+        endpoints.push(endpoint);
+    }
+    if endpoints.is_empty() {
+        return Err(EtcdOptionsError::NoEndpoint);
+    }
+
+    let text = |value: &Option<String>| value.clone().filter(|text| !text.is_empty());
+    let user = match (text(&options.username), text(&options.password)) {
+        (Some(user), Some(password)) => Some((user, password)),
+        (None, None) => None,
+        (Some(_), None) => return Err(incomplete("--etcd-username", "--etcd-password")),
+        (None, Some(_)) => return Err(incomplete("--etcd-password", "--etcd-username")),
+    };
+    Ok(Checked { endpoints, prefix: clean(&options.prefix), user, resync: options.resync })
+}
+
+fn given(path: &Option<PathBuf>) -> Option<&Path> {
+    path.as_deref().filter(|path| !path.as_os_str().is_empty())
+}
+
+fn incomplete(given: &'static str, missing: &'static str) -> EtcdOptionsError {
+    EtcdOptionsError::Incomplete { given, missing }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scheme {
+    Http,
+    Https,
+}
+
+/// Scheme, if there is one, and `host:port`.
+fn parse_endpoint(text: &str) -> Result<(Option<Scheme>, &str), EtcdOptionsError> {
+    let bad = |reason| EtcdOptionsError::Endpoint { endpoint: without_user(text), reason };
+    let (scheme, rest) = match text.split_once("://") {
+        None => (None, text),
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (Some(Scheme::Http), rest),
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (Some(Scheme::Https), rest),
+        Some(_) => return Err(bad("is neither http:// nor https://")),
+    };
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
+    if authority.contains('@') {
+        return Err(bad("holds a user name, which belongs in --etcd-username and --etcd-password"));
+    }
+    if authority.contains(['/', '?', '#']) {
+        return Err(bad("has a path, which etcd's API does not take"));
+    }
+    let (host, port) = match authority.strip_prefix('[').map(|rest| rest.split_once(']')) {
+        Some(Some((host, port))) => {
+            host.parse::<Ipv6Addr>().map_err(|_| bad("has no IPv6 address between its brackets"))?;
+            (host, port.strip_prefix(':').ok_or_else(|| bad("has no :port"))?)
+        }
+        Some(None) => return Err(bad("has no closing bracket")),
+        None => authority.rsplit_once(':').ok_or_else(|| bad("has no :port"))?,
+    };
+    let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    if !authority.starts_with('[') && (host.is_empty() || !host.chars().all(is_name)) {
+        return Err(bad("has no valid host name or address"));
+    }
+    if port.is_empty() || !port.bytes().all(|digit| digit.is_ascii_digit()) || port.parse::<u16>().is_err() {
+        return Err(bad("has no port between 0 and 65535"));
+    }
+    Ok((scheme, authority))
+}
+
+fn without_user(endpoint: &str) -> String {
+    match endpoint.rsplit_once('@') {
+        Some((before, host)) => match before.split_once("://") {
+            Some((scheme, _)) => format!("{scheme}://(hidden)@{host}"),
+            None => format!("(hidden)@{host}"),
+        },
+        None => endpoint.to_owned(),
+    }
+}
+
+fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, EtcdOptionsError> {
+    std::fs::read(path).map_err(|source| EtcdOptionsError::Unreadable { flag, path: path.into(), source })
+}
+
+fn certificates(
+    flag: &'static str,
+    path: &Path,
+    pem: &[u8],
+) -> Result<Vec<CertificateDer<'static>>, EtcdOptionsError> {
+    let bad = |reason: String| EtcdOptionsError::Pem { flag, path: path.into(), reason };
+    let list: Vec<_> = CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| bad(format!("is not PEM: {error}")))?;
+    match list.is_empty() {
+        true => {
+            Err(bad("holds no certificate (a PEM block that begins with -----BEGIN CERTIFICATE-----)".into()))
+        }
+        false => Ok(list),
+    }
+}
+
+fn authorities(path: &Path) -> Result<Vec<u8>, EtcdOptionsError> {
+    const FLAG: &str = "--etcd-cafile";
+    let pem = read(FLAG, path)?;
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in certificates(FLAG, path, &pem)? {
+        roots.add(certificate).map_err(|error| EtcdOptionsError::Pem {
+            flag: FLAG,
+            path: path.into(),
+            reason: format!("holds a certificate that can't be used: {error}"),
+        })?;
+    }
+    Ok(pem)
+}
+
+fn identity(cert_path: &Path, key_path: &Path) -> Result<Identity, EtcdOptionsError> {
+    let cert = read("--etcd-certfile", cert_path)?;
+    let key = read("--etcd-keyfile", key_path)?;
+    let chain = certificates("--etcd-certfile", cert_path, &cert)?;
+    let private = PrivateKeyDer::from_pem_slice(&key).map_err(|error| EtcdOptionsError::Pem {
+        flag: "--etcd-keyfile",
+        path: key_path.into(),
+        reason: format!("holds no unencrypted private key in PEM: {error}"),
+    })?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .and_then(|builder| {
+            builder
+                .with_root_certificates(rustls::RootCertStore::empty())
+                .with_client_auth_cert(chain, private)
+        })
+        .map_err(|error| EtcdOptionsError::Mismatch {
+            cert: cert_path.into(),
+            key: key_path.into(),
+            reason: error.to_string(),
+        })?;
+    Ok(Identity::from_pem(cert, key))
+}
+
+/// Go's `path.Clean` without its special case for the empty path: keys are `<prefix>/config`, and `path.Join` drops
+/// an empty prefix.
+fn clean(prefix: &str) -> String {
+    let rooted = prefix.starts_with('/');
+    let mut parts: Vec<&str> = Vec::new();
+    for part in prefix.split('/') {
+        match part {
+            "" | "." => {}
+            ".." if parts.last().is_some_and(|last| *last != "..") => {
+                parts.pop();
+            }
+            ".." if rooted => {}
+            _ => parts.push(part),
+        }
+    }
+    let joined = parts.join("/");
+    match rooted {
+        true => format!("/{joined}"),
+        false => joined,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_endpoints(endpoints: &[&str]) -> EtcdOptions {
+        EtcdOptions {
+            endpoints: endpoints.iter().map(|text| (*text).into()).collect(),
+            ..EtcdOptions::default()
+        }
+    }
+
+    fn error(options: &EtcdOptions) -> String {
+        check(options).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn prefixes_are_cleaned_as_go_joins_paths() {
+        for (prefix, wanted) in [
+            ("/coreos.com/network", "/coreos.com/network"),
+            ("/coreos.com/network/", "/coreos.com/network"),
+            ("//coreos.com///network//", "/coreos.com/network"),
+            ("coreos.com/network", "coreos.com/network"),
+            ("/a/./b/../c", "/a/c"),
+            ("/../a", "/a"),
+            ("../a", "../a"),
+            ("/", "/"),
+            ("", ""),
+        ] {
+            assert_eq!(clean(prefix), wanted, "{prefix}");
+        }
+    }
+
+    #[test]
+    fn endpoints_get_a_scheme_and_lose_the_slash() {
+        let urls = |options: &EtcdOptions| -> Vec<String> {
+            check(options).ok().unwrap().endpoints.into_iter().map(|endpoint| endpoint.url).collect()
+        };
+        let list =
+            ["http://10.0.0.1:2379/", "HTTPS://etcd-1.example:443", "10.0.0.2:2379", "http://[fd00::1]:2379"];
+        assert_eq!(
+            urls(&with_endpoints(&list)),
+            [
+                "http://10.0.0.1:2379",
+                "https://etcd-1.example:443",
+                "http://10.0.0.2:2379",
+                "http://[fd00::1]:2379"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_bad_endpoint_is_named_with_the_reason() {
+        for (endpoint, reason) in [
+            ("unix:///run/etcd", "is neither http:// nor https://"),
+            ("http://10.0.0.1", "has no :port"),
+            ("http://10.0.0.1:", "has no port between"),
+            ("http://10.0.0.1:99999", "has no port between"),
+            ("http://10.0.0.1:+80", "has no port between"),
+            ("http://:2379", "has no valid host"),
+            ("http:// 10.0.0.1:2379", "has no valid host"),
+            ("http://10.0.0.1:2379/v3", "has a path"),
+            ("http://[fd00::1:2379", "no closing bracket"),
+            ("http://[nonsense]:2379", "no IPv6 address"),
+        ] {
+            let text = error(&with_endpoints(&[endpoint]));
+            assert!(text.starts_with("--etcd-endpoints: "), "{text}");
+            assert!(text.contains(&format!("{endpoint:?}")) && text.contains(reason), "{text}");
+        }
+        assert!(error(&with_endpoints(&["", ""])).contains("names no endpoint"));
+    }
+
+    #[test]
+    fn a_password_is_never_printed() {
+        let options = EtcdOptions {
+            endpoints: vec!["http://root:s3cret@10.0.0.1:2379".into()],
+            username: Some("root".into()),
+            password: Some("s3cret".into()),
+            ..EtcdOptions::default()
+        };
+        assert!(!format!("{options:?}").contains("s3cret"));
+        let text = error(&options);
+        assert!(text.contains("(hidden)@10.0.0.1:2379") && !text.contains("s3cret"), "{text}");
+    }
+
+    #[test]
+    fn half_a_pair_names_the_other_half() {
+        let path = Some(PathBuf::from("/nonexistent/file.pem"));
+        let base = EtcdOptions::default;
+        for (options, wanted) in [
+            (
+                EtcdOptions { cert_file: path.clone(), ..base() },
+                "--etcd-certfile is given without --etcd-keyfile",
+            ),
+            (
+                EtcdOptions { key_file: path.clone(), ..base() },
+                "--etcd-keyfile is given without --etcd-certfile",
+            ),
+            (
+                EtcdOptions { username: Some("u".into()), ..base() },
+                "--etcd-username is given without --etcd-password",
+            ),
+            (
+                EtcdOptions { password: Some("p".into()), ..base() },
+                "--etcd-password is given without --etcd-username",
+            ),
+            (
+                EtcdOptions { ca_file: path.clone(), ..base() },
+                "--etcd-cafile: can't read /nonexistent/file.pem",
+            ),
+        ] {
+            let text = error(&options);
+            assert!(text.contains(wanted), "{text}");
+        }
+        let empty = EtcdOptions { cert_file: Some("".into()), password: Some(String::new()), ..base() };
+        assert!(check(&empty).is_ok(), "empty means not given");
+    }
+
+    #[test]
+    fn a_file_that_is_no_certificate_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        for (content, reason) in
+            [("hello", "holds no certificate"), ("-----BEGIN CERTIFICATE-----\n!\n", "is not PEM")]
+        {
+            std::fs::write(&path, content).unwrap();
+            let text = error(&EtcdOptions { ca_file: Some(path.clone()), ..EtcdOptions::default() });
+            assert!(text.starts_with(&format!("--etcd-cafile: {} {reason}", path.display())), "{text}");
+        }
+    }
+}

@@ -1,1 +1,0 @@
-//! /run/flannel/subnet.env.

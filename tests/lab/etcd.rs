@@ -1,0 +1,290 @@
+//! A real etcd, started for one test: its own folder, its own ports, and gone with its handle.
+//!
+//! Relies on Debian's `etcd-server` and `etcd-client` (3.4, both APIs in one process), and on `openssl` for
+//! certificates. Starts in about a second.
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// How long a start may take on a busy machine.
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// Another process may take a port between the moment it was found free and etcd's start.
+const PORT_TRIES: u32 = 4;
+
+/// How the server listens.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Clients are served here.
+    pub address: IpAddr,
+    /// 2379 in a namespace of its own; any free port when `None`.
+    pub port: Option<u16>,
+    pub tls: Option<ServerTls>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { address: Ipv4Addr::LOCALHOST.into(), port: None, tls: None }
+    }
+}
+
+/// TLS of the server. With `client_ca`, clients must show a certificate this authority signed.
+#[derive(Clone, Debug)]
+pub struct ServerTls {
+    pub server: Certificate,
+    pub ca: PathBuf,
+    pub client_ca: Option<PathBuf>,
+    /// What the lab itself shows when it talks to the server.
+    pub operator: Option<Certificate>,
+}
+
+/// A certificate and its key, PEM files.
+#[derive(Clone, Debug)]
+pub struct Certificate {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+/// A running etcd. Dropping it kills the server and deletes its data.
+#[derive(Debug)]
+pub struct Etcd {
+    folder: TempDir,
+    setup: Setup,
+    client: SocketAddr,
+    peer: SocketAddr,
+    child: Option<Child>,
+}
+
+impl Etcd {
+    /// Plain HTTP on a free port of the loopback.
+    pub fn start() -> Result<Self> {
+        Self::start_with(Setup::default())
+    }
+
+    /// Returns when the server answers.
+    pub fn start_with(setup: Setup) -> Result<Self> {
+        let mut last = None;
+        for _ in 0..PORT_TRIES {
+            let client = match setup.port {
+                Some(port) => SocketAddr::new(setup.address, port),
+                None => free_port(setup.address)?,
+            };
+            let peer = free_port(Ipv4Addr::LOCALHOST.into())?;
+            let folder = tempfile::Builder::new().prefix("flannel-etcd-").tempdir()?;
+            let mut etcd = Self { folder, setup: setup.clone(), client, peer, child: None };
+            match etcd.restart() {
+                Ok(()) => return Ok(etcd),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| anyhow::anyhow!("etcd was never started")))
+    }
+
+    /// `http://127.0.0.1:12345`
+    pub fn endpoint(&self) -> String {
+        let scheme = if self.setup.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.client)
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.client
+    }
+
+    /// SIGKILL: no goodbye. Data stay on disk. That it is dead already is fine.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// SIGSTOP: connections stay open and nothing answers, like a machine that hangs.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Ends [`freeze`](Self::freeze).
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Starts the server on the same data and ports, after killing it when it runs, and waits until it answers.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill();
+        let log = File::create(self.folder.path().join("etcd.log"))?;
+        let (client, peer) = (self.endpoint(), format!("http://{}", self.peer));
+        let mut command = Command::new("etcd");
+        command
+            .args(["--name", "lab", "--enable-v2=true", "--logger", "zap", "--log-outputs", "stderr"])
+            .args(["--log-level", "warn", "--max-txn-ops", "10240"])
+            // One member agrees with itself quickly.
+            .args(["--heartbeat-interval", "20", "--election-timeout", "200"])
+            .arg("--data-dir")
+            .arg(self.folder.path().join("data"))
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("lab={peer}")]);
+        if let Some(tls) = &self.setup.tls {
+            command.arg("--cert-file").arg(&tls.server.cert).arg("--key-file").arg(&tls.server.key);
+            if let Some(ca) = &tls.client_ca {
+                command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+            }
+        }
+        let child = command
+            .env_remove("ETCDCTL_API")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("starting etcd; apt-get install etcd-server etcd-client")?;
+        self.child = Some(child);
+        self.wait_until_it_answers()
+    }
+
+    /// Runs `etcdctl` (v3) against the server and gives its output.
+    pub fn ctl(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new("etcdctl");
+        command.env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoint(), "--command-timeout", "5s"]);
+        if let Some(tls) = &self.setup.tls {
+            command.arg("--cacert").arg(&tls.ca);
+            if let Some(operator) = &tls.operator {
+                command.arg("--cert").arg(&operator.cert).arg("--key").arg(&operator.key);
+            }
+        }
+        let output = command.args(args).output().context("running etcdctl; apt-get install etcd-client")?;
+        if !output.status.success() {
+            bail!("etcdctl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Forgets all history before the newest revision.
+    pub fn compact(&self, revision: i64) -> Result<()> {
+        self.ctl(&["compaction", "--physical=true", &revision.to_string()]).map(drop)
+    }
+
+    /// Number of lease objects the server knows.
+    pub fn lease_objects(&self) -> Result<usize> {
+        let list = self.ctl(&["lease", "list"])?;
+        let count =
+            list.lines().next().and_then(|line| line.split_whitespace().nth(1)).and_then(|n| n.parse().ok());
+        count.with_context(|| format!("etcdctl lease list says {list:?}"))
+    }
+
+    /// Adds `root` and switches etcd's authentication on. [`ctl`](Self::ctl) then needs `--user`.
+    pub fn require_password(&self, password: &str) -> Result<()> {
+        self.ctl(&["user", "add", &format!("root:{password}")])?;
+        self.ctl(&["user", "grant-role", "root", "root"])?;
+        self.ctl(&["auth", "enable"]).map(drop)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let child = self.child.as_ref().context("etcd does not run")?;
+        Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
+    }
+
+    fn wait_until_it_answers(&mut self) -> Result<()> {
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+                bail!("etcd ended at start ({status}): {}", self.log());
+            }
+            // `endpoint health` fails with "permission denied" where a password is required, which is an answer too.
+            match self.ctl(&["endpoint", "health"]) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.to_string().contains("user name is empty") => return Ok(()),
+                Err(error) if Instant::now() > end => {
+                    return Err(error.context(format!("etcd does not answer: {}", self.log())));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+
+    fn log(&self) -> String {
+        let log = std::fs::read_to_string(self.folder.path().join("etcd.log")).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        lines.get(lines.len().saturating_sub(5)..).unwrap_or_default().join("\n")
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A certificate authority made for one test.
+#[derive(Debug)]
+pub struct Authority {
+    folder: TempDir,
+    config: PathBuf,
+}
+
+impl Authority {
+    pub fn new(name: &str) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("flannel-ca-").tempdir()?;
+        let config = folder.path().join("openssl.cnf");
+        std::fs::write(&config, "[req]\ndistinguished_name=dn\n[dn]\n")?;
+        let authority = Self { folder, config };
+        authority.openssl("ca", name, &["-addext", "basicConstraints=critical,CA:TRUE"])?;
+        Ok(authority)
+    }
+
+    /// The authority's own certificate.
+    pub fn ca(&self) -> PathBuf {
+        self.folder.path().join("ca.pem")
+    }
+
+    /// A certificate for a server at `address`.
+    pub fn server(&self, address: IpAddr) -> Result<Certificate> {
+        self.leaf("server", &format!("IP:{address}"), "serverAuth,clientAuth")
+    }
+
+    /// A certificate a client may show.
+    pub fn client(&self, name: &str) -> Result<Certificate> {
+        self.leaf(name, &format!("DNS:{name}"), "clientAuth")
+    }
+
+    fn leaf(&self, name: &str, alternative: &str, usage: &str) -> Result<Certificate> {
+        let ca = self.ca();
+        let ca_key = self.folder.path().join("ca.key");
+        let (ca, ca_key) = (ca.to_string_lossy(), ca_key.to_string_lossy());
+        let (alternative, usage) =
+            (format!("subjectAltName={alternative}"), format!("extendedKeyUsage={usage}"));
+        self.openssl(name, name, &["-CA", &ca, "-CAkey", &ca_key, "-addext", &alternative, "-addext", &usage])
+    }
+
+    fn openssl(&self, file: &str, name: &str, extra: &[&str]) -> Result<Certificate> {
+        let path =
+            |suffix: &str| -> PathBuf { Path::new(self.folder.path()).join(format!("{file}.{suffix}")) };
+        let (cert, key) = (path("pem"), path("key"));
+        let output = Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
+            .args(["-days", "2", "-subj", &format!("/CN={name}"), "-config"])
+            .arg(&self.config)
+            .arg("-keyout")
+            .arg(&key)
+            .arg("-out")
+            .arg(&cert)
+            .args(extra)
+            .output()
+            .context("running openssl; apt-get install openssl")?;
+        if !output.status.success() {
+            bail!("openssl: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(Certificate { cert, key })
+    }
+}
+
+/// A port nobody listens on right now.
+pub fn free_port(address: IpAddr) -> Result<SocketAddr> {
+    Ok(TcpListener::bind(SocketAddr::new(address, 0))?.local_addr()?)
+}

@@ -1,0 +1,141 @@
+//! What every store must do, run against each of them, and what only etcd can get wrong.
+//!
+//! Needs no root. All contract cases share one etcd, each under a prefix of its own; cases that break etcd start one
+//! for themselves.
+
+mod contract;
+mod etcd;
+mod ground;
+
+use std::future::Future;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use flannel_tests::etcd::Etcd;
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use self::ground::Ground;
+
+/// No case may hang; the slowest waits about ten seconds for a frozen etcd.
+const CASE_LIMIT: Duration = Duration::from_secs(50);
+
+/// Everything the agent logs while the cases run.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn run(case: impl Future<Output = anyhow::Result<()>>) -> Result<(), Failed> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let result = runtime.block_on(async { tokio::time::timeout(CASE_LIMIT, case).await });
+    // Calls to a server that hangs are not waited for.
+    runtime.shutdown_background();
+    match result {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(format!("{error:#}").into()),
+        Err(_) => Err(format!("not done after {} s", CASE_LIMIT.as_secs()).into()),
+    }
+}
+
+macro_rules! contract {
+    ($trials:ident, $etcd:ident: $($case:ident)*) => {$(
+        let name = stringify!($case);
+        $trials.push(Trial::test(format!("memory::{name}"), || run(contract::$case(Ground::memory()))));
+        let etcd = $etcd.clone();
+        $trials.push(Trial::test(format!("etcd_v3::{name}"), move || {
+            run(async move { contract::$case(Ground::etcd(&etcd, name).await?).await })
+        }));
+    )*};
+}
+
+macro_rules! etcd {
+    ($trials:ident: $($case:ident)*) => {$(
+        $trials.push(Trial::test(concat!("etcd_v3::", stringify!($case)), || run(etcd::$case())));
+    )*};
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // They mostly wait; more at once than there are cores.
+    arguments.test_threads.get_or_insert(8);
+    tracing_subscriber::fmt()
+        .with_env_filter("flannel_agent=trace")
+        .with_writer(|| Log)
+        .with_ansi(false)
+        .init();
+
+    let etcd = match Etcd::start() {
+        Ok(etcd) => Arc::new(etcd),
+        Err(error) => {
+            eprintln!("{error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut trials = Vec::new();
+    // The slow ones first.
+    etcd!(trials:
+        a_frozen_etcd_is_noticed_within_ten_seconds
+        an_etcd_that_is_away_is_not_asked_in_a_loop
+        a_quiet_watch_is_not_broken_by_our_own_pings
+        an_etcd_that_is_killed_is_one_interruption_and_then_a_snapshot
+        a_dead_endpoint_is_passed_over
+        a_watch_moves_to_another_endpoint_when_its_own_dies
+        history_compacted_before_the_watch_began_means_a_fresh_snapshot
+        a_restart_after_a_compaction_means_a_fresh_snapshot
+        user_and_password_open_the_door
+        mutual_tls_works_and_says_what_is_missing
+        an_authority_alone_verifies_the_server
+        renewals_leave_no_lease_objects_behind
+        a_lease_object_others_use_is_not_revoked
+        thousands_of_leases_are_listed_at_one_revision
+        a_running_watch_is_compared_with_a_list
+        our_lease_written_by_another_has_its_true_end
+        keys_outside_the_folder_are_not_ours
+        the_prefix_is_cleaned
+        nothing_that_cannot_work_is_accepted
+    );
+    contract!(trials, etcd:
+        a_missing_configuration_is_named
+        a_first_lease_is_written_as_flanneld_writes_it
+        recorded_leases_are_read_and_written_back_byte_for_byte
+        a_node_that_comes_back_gets_its_lease_again
+        fields_of_others_survive_a_reuse_and_a_renewal
+        the_previous_subnet_is_taken_when_it_is_free
+        a_running_node_gets_no_other_subnet
+        a_lease_that_no_longer_fits_is_replaced
+        both_families_are_leased_under_one_key
+        a_full_network_says_so
+        eight_nodes_at_once_share_eight_subnets
+        two_nodes_with_one_public_address_share_a_lease
+        a_reservation_keeps_having_no_end
+        a_renewal_moves_the_end
+        a_lease_that_was_taken_over_is_not_overwritten
+        a_deleted_lease_is_lost
+        a_damaged_lease_is_put_right
+        what_changes_is_told_after_a_snapshot
+        a_lease_that_ends_is_told
+        an_entry_that_cannot_be_read_hides_nothing
+        an_address_of_the_wrong_family_is_refused
+    );
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(etcd);
+
+    let log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
+    if String::from_utf8_lossy(&log).contains(etcd::PASSWORD) {
+        eprintln!("the log holds the password");
+        return ExitCode::FAILURE;
+    }
+    if conclusion.has_failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
