@@ -131,7 +131,9 @@ impl Drop for StatusSocket {
 pub enum StatusError {
     #[error("no agent answers on {path}: {source}; is flannel-agent running, as this user or root?")]
     NoAgent { path: String, source: io::Error },
-    #[error("the agent on {0} took the connection but gave no answer within 10 s; its log says what it is busy with")]
+    #[error(
+        "the agent on {0} took the connection but gave no answer within 10 s; its log says what it is busy with"
+    )]
     NoAnswer(String),
     #[error("the agent on {path} answered something else than a status: {source}")]
     Garbled { path: String, source: serde_json::Error },
