@@ -21,7 +21,7 @@ use flannel_common::counter::Counter;
 use flannel_common::tunnel::{
     FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::errno::Refusal;
 use super::ethtool::{Feature, Switch};
@@ -37,7 +37,7 @@ use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink};
 
 /// Who carries packets. The order is the ladder's, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Tier {
     #[serde(rename = "xdp")]
     Xdp,

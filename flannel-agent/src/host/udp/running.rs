@@ -305,7 +305,7 @@ impl Running {
             let (a, b) = (of(in_kernel.as_ref()), of(user.as_ref().map(|user| &user.counts)));
             let tally =
                 Tally { packets: a.packets.wrapping_add(b.packets), bytes: a.bytes.wrapping_add(b.bytes) };
-            counters.insert(counter.name(), tally);
+            counters.insert(counter.name().to_owned(), tally);
         }
         let entries = self.kernel.as_ref().and_then(|kernel| kernel.maps.entries().ok()).unwrap_or_default();
         let peers = self
