@@ -2,6 +2,7 @@
 //! `BPF_PROG_TEST_RUN` (`decap`, `others`), and single packets over real interfaces in a network namespace for what a
 //! test run cannot show (`wire`).
 
+mod cost;
 mod decap;
 mod others;
 mod packets;
@@ -12,7 +13,12 @@ use std::process::ExitCode;
 use libtest_mimic::{Failed, Trial};
 
 fn main() -> ExitCode {
-    let trials = others::trials().into_iter().chain(decap::trials()).chain(wire::trials()).collect();
+    let trials = others::trials()
+        .into_iter()
+        .chain(decap::trials())
+        .chain(wire::trials())
+        .chain(cost::trials())
+        .collect();
     flannel_tests::privilege::run(trials)
 }
 
