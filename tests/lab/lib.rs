@@ -1,3 +1,4 @@
 //! The lab: what the tests of this package share.
 
 pub mod privilege;
+pub mod programs;

@@ -1,1 +1,7 @@
-fn main() {}
+//! Developer commands.
+
+mod build_ebpf;
+
+fn main() -> anyhow::Result<()> {
+    build_ebpf::run()
+}

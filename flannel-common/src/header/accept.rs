@@ -1,4 +1,4 @@
-//! What decapsulation accepts, `datapath.md` §3.2: one function, the same order in XDP, tc and user space.
+//! What decapsulation accepts: one function, the same order in XDP, tc and user space.
 //!
 //! Whatever the rules do not claim for the tunnel is left to the host's stack, and so reaches the UDP socket that the
 //! agent keeps bound: outer fragments, outer options, odd lengths.
@@ -24,13 +24,17 @@ pub enum Verdict {
     Deliver(Delivery),
 }
 
+/// Instead of a [`Peer::index`]: no entry of `PEER_COUNTERS`, so that counting under it has no effect.
+pub const NO_PEER: u32 = u32::MAX;
+
 /// How an accepted packet is delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
     /// The changed fields of the inner header.
     pub rewrite: Rewrite,
-    /// [`Peer::index`] of the peer that sent it, when it came from that peer's subnet.
-    pub peer: Option<u32>,
+    /// [`Peer::index`] of the peer that sent it, when it came from that peer's subnet; else [`NO_PEER`]. (An `Option`
+    /// would leave its payload undefined, which the verifier refuses to see moved about.)
+    pub peer: u32,
     /// What `observe` would like to have refused.
     pub observed: Option<Counter>,
 }
@@ -98,13 +102,13 @@ pub fn admit(
     peers: impl FnOnce(PeerKey) -> Option<Peer>,
 ) -> Verdict {
     let peer = match peers(settings.peer_key(inner.source())) {
-        Some(peer) if peer.node == arrival.node => Some(peer.index),
-        _ => None,
+        Some(peer) if peer.node == arrival.node => peer.index,
+        _ => NO_PEER,
     };
     let mut observed = None;
     if settings.flags & (SOURCE_CHECK_ENFORCE | SOURCE_CHECK_OBSERVE) != 0 {
         let enforce = settings.flags & SOURCE_CHECK_ENFORCE != 0;
-        if !is_source_right(settings, arrival, inner, peer.is_some()) {
+        if !is_source_right(settings, arrival, inner, peer != NO_PEER) {
             if enforce {
                 return Verdict::Drop(Counter::SourceRefused);
             }
@@ -123,8 +127,8 @@ pub fn admit(
 }
 
 /// The source lies in the subnet leased by the sending node, or it is that node's own address: a pod that talks to a
-/// remote host unmasqueraded gets its answers through the tunnel (`datapath.md` §1.2). Never one of ours, and nothing
-/// that no host may have as source.
+/// remote host unmasqueraded gets its answers through the tunnel. (Any host may so send as itself;
+/// it could as well route to our pods through this node.) Never one of ours, and nothing that no host may have as source.
 #[inline(always)]
 const fn is_source_right(settings: &Settings, arrival: Arrival, inner: &Ipv4, leased: bool) -> bool {
     let source = inner.source();
@@ -204,7 +208,7 @@ mod tests {
         else {
             panic!("not delivered")
         };
-        assert_eq!((delivery.peer, delivery.observed, delivery.rewrite.ttl), (Some(41), None, 63));
+        assert_eq!((delivery.peer, delivery.observed, delivery.rewrite.ttl), (41, None, 63));
     }
 
     #[test]
@@ -334,7 +338,7 @@ mod tests {
         let Verdict::Deliver(delivery) = decapsulate(&settings(0), &packet, peers) else {
             panic!("not delivered")
         };
-        assert_eq!(delivery.peer, None);
+        assert_eq!(delivery.peer, NO_PEER);
     }
 
     #[test]

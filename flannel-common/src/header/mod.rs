@@ -12,7 +12,7 @@ mod outer;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use accept::{Arrival, Delivery, Verdict, admit, decapsulate};
+pub use accept::{Arrival, Delivery, NO_PEER, Verdict, admit, decapsulate};
 pub use checksum::{fold, replace_word};
 pub use hop::{Rewrite, hop};
 pub use outer::{Datagram, outer, source_port};
@@ -106,6 +106,24 @@ impl Ipv4 {
     }
 }
 
+/// An Ethernet header without VLAN tag.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Ethernet {
+    pub destination: [u8; 6],
+    pub source: [u8; 6],
+    pub ethertype: [u8; 2],
+}
+
+impl Ethernet {
+    /// Whether an IPv4 header follows directly.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_ipv4(&self) -> bool {
+        u16::from_be_bytes(self.ethertype) == ETHERTYPE_IPV4
+    }
+}
+
 /// A UDP header as it stands in a packet (RFC 768).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -133,9 +151,19 @@ pub struct Tunnelled {
     pub inner: Ipv4,
 }
 
+/// [`Tunnelled`] behind its Ethernet header.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Received {
+    pub ethernet: Ethernet,
+    pub packet: Tunnelled,
+}
+
+const _: () = assert!(size_of::<Ethernet>() == ETHERNET && align_of::<Ethernet>() == 1);
 const _: () = assert!(size_of::<Ipv4>() == 20 && align_of::<Ipv4>() == 1);
 const _: () = assert!(size_of::<Outer>() == crate::OVERHEAD as usize && align_of::<Outer>() == 1);
 const _: () = assert!(size_of::<Tunnelled>() == 48 && align_of::<Tunnelled>() == 1);
+const _: () = assert!(size_of::<Received>() == ETHERNET + 48 && align_of::<Received>() == 1);
 
 #[cfg(test)]
 mod tests {

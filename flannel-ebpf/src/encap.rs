@@ -1,0 +1,85 @@
+//! From the tunnel device to the peer. Runs after netfilter, on whole GSO packets.
+
+use aya_ebpf::{
+    bindings::{TC_ACT_OK, TC_ACT_SHOT},
+    helpers::bpf_get_prandom_u32,
+};
+use flannel_common::{
+    counter::Counter,
+    header::{Datagram, ETHERTYPE_IPV4, Ethernet, Ipv4, Outer, hop, outer},
+    peer::Peer,
+    tunnel::Settings,
+};
+
+use crate::{
+    maps::{count, count_sent, peer, settings},
+    packet::{NoRoom, Skb},
+};
+
+/// Sends the packet to the node that leases its destination. What the map does not know goes on to the device's
+/// reader, which answers it as flanneld does.
+#[inline(always)]
+pub(crate) fn send(mut skb: Skb) -> i32 {
+    if !skb.is_ipv4() {
+        return TC_ACT_OK;
+    }
+    let settings = settings();
+    let traffic = skb.traffic(skb.len());
+    let Some(inner) = skb.pull::<Ipv4>(0) else {
+        return TC_ACT_OK;
+    };
+    let inner = *inner;
+    let Some(peer) = peer(settings.peer_key(inner.destination())) else {
+        count(Counter::NoPeer, traffic);
+        return TC_ACT_OK;
+    };
+    match encapsulate(&mut skb, &settings, &inner, &peer) {
+        Ok(()) => {
+            count(Counter::Encapsulated, traffic);
+            count_sent(peer.index, traffic);
+            skb.send_to(peer.ifindex, peer.next_hop)
+        }
+        Err(reason) => {
+            count(reason, traffic);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+/// Everything that changes bytes. An error is the reason to drop the packet.
+#[inline(always)]
+fn encapsulate(skb: &mut Skb, settings: &Settings, inner: &Ipv4, peer: &Peer) -> Result<(), Counter> {
+    let rewrite = hop(inner, 0)?;
+    // Length and hash must be those of the inner packet: both change with the outer header in front.
+    let datagram = Datagram {
+        node: peer.node,
+        length: skb.len(),
+        tos: inner.tos,
+        // SAFETY: the helper has no preconditions.
+        id: unsafe { bpf_get_prandom_u32() } as u16,
+        hash: skb.flow_hash(),
+    };
+    rewrite.apply(skb.write::<Ipv4>(0).ok_or(Counter::EncapFailed)?);
+    make_room(skb)?;
+    *skb.write::<Outer>(0).ok_or(Counter::EncapFailed)? = outer(settings, &datagram);
+
+    skb.add_ethernet().map_err(|_| Counter::EncapFailed)?;
+    skb.write::<Ethernet>(0).ok_or(Counter::EncapFailed)?.ethertype = ETHERTYPE_IPV4.to_be_bytes();
+    Ok(())
+}
+
+/// A packet that came through the tunnel and leaves through it again (a NodePort hairpin) may still be marked as
+/// encapsulated. A single packet can do without the marks; a GSO packet could not be split behind two of them.
+#[inline(always)]
+fn make_room(skb: &mut Skb) -> Result<(), Counter> {
+    match skb.grow() {
+        Ok(()) => Ok(()),
+        Err(NoRoom::AlreadyEncapsulated) if skb.is_gso() => Err(Counter::EncapStaleGso),
+        Err(NoRoom::AlreadyEncapsulated) => {
+            skb.grow_plainly().map_err(|_| Counter::EncapFailed)?;
+            count(Counter::EncapRetried, skb.traffic(skb.len()));
+            Ok(())
+        }
+        Err(NoRoom::Other) => Err(Counter::EncapFailed),
+    }
+}
