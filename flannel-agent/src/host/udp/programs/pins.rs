@@ -205,11 +205,14 @@ impl PinFolder {
 /// # Errors
 /// What to mount where, when the agent may not do it itself.
 pub fn ensure_bpffs(path: &Path) -> Result<(), Refusal> {
+    let doing = || format!("mount a bpffs on {}", path.display());
+    if !path.is_dir() {
+        fs::create_dir_all(path).map_err(|e| Refusal::new(doing(), describe_io(&e)))?;
+    }
+    // A folder of a bpffs is one too.
     if is_bpffs(path) {
         return Ok(());
     }
-    let doing = || format!("mount a bpffs on {}", path.display());
-    fs::create_dir_all(path).map_err(|e| Refusal::new(doing(), describe_io(&e)))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700")).map_err(|e| {
         let by_hand = format!("mount -t bpf bpf {}", path.display());
