@@ -61,6 +61,6 @@ fn main() -> ExitCode {
     }
     rig::set_bpffs(pins.path());
     let trials = tests
-        .map(|(name, test)| Trial::test(name, move || test().map_err(|e| Failed::from(format!("{e:?}")))));
+        .map(|(name, test)| Trial::test(name, move || test().map_err(|e| Failed::from(format!("{e:#}")))));
     privilege::run(trials.into())
 }

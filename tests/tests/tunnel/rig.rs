@@ -350,7 +350,12 @@ impl Rig {
                             break;
                         }
                         // The first packets may still be waiting for ARP.
-                        Err(e) if e.kind() == ErrorKind::WouldBlock && attempts < 10 => attempts += 1,
+                        Err(e)
+                            if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+                                && attempts < 10 =>
+                        {
+                            attempts += 1;
+                        }
                         Err(e) => return Err(e).with_context(|| format!("{size} bytes from pod to pod")),
                     }
                 }
