@@ -150,14 +150,14 @@ pub(crate) fn checksums_left_to_us_are_right_on_the_wire() -> Result<()> {
     let mut got = [0; 2000];
     for size in [0, 1, 100, 1444] {
         pod.send_to(&vec![5; size], (B.pod, 7001))?;
-        let (length, _) = half.peer.recv_from(&mut got)?;
+        let (length, _) = rig::receive(&half.peer, &mut got)?;
         assert_eq!(wire::transport_residue(&got[..length]), 0, "UDP of {size} bytes");
     }
     // A SYN nobody answers.
     let _ = half.rig.a.run(|| {
         TcpStream::connect_timeout(&SocketAddrV4::new(B.pod, 7002).into(), Duration::from_millis(50))
     });
-    let (length, _) = half.peer.recv_from(&mut got)?;
+    let (length, _) = rig::receive(&half.peer, &mut got)?;
     assert_eq!((got[9], wire::transport_residue(&got[..length])), (6, 0), "TCP");
     Ok(())
 }
@@ -219,6 +219,9 @@ pub(crate) fn a_spoofed_source_is_treated_as_configured() -> Result<()> {
     Ok(())
 }
 
+/// The packet that is delivered, before this end lowers its TTL, or the reason why none is.
+type Verdict = Result<Vec<u8>, &'static str>;
+
 pub(crate) fn only_one_whole_ipv4_packet_is_delivered() -> Result<()> {
     let half = Half::new(SourceCheck::Off)?;
     let good = wire::udp(B.pod, A.pod, &[7; 50]);
@@ -226,7 +229,7 @@ pub(crate) fn only_one_whole_ipv4_packet_is_delivered() -> Result<()> {
     let oversize = wire::udp(B.pod, A.pod, &vec![7; MTU as usize - 27]);
     let trailing = [good.as_slice(), b"tail"].concat();
     let long_tail = [good.as_slice(), &[9; 2000]].concat();
-    let cases: [(&str, Vec<u8>, Result<Vec<u8>, &str>); 11] = [
+    let cases: [(&str, Vec<u8>, Verdict); 11] = [
         ("good", good.clone(), Ok(good.clone())),
         ("trailing bytes", trailing, Ok(good.clone())),
         ("more trailing bytes than the MTU", long_tail, Ok(good.clone())),

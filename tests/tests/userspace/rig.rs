@@ -4,7 +4,8 @@
 
 use std::{
     any::Any,
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    io,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket},
     os::fd::AsRawFd,
     process::Command,
     sync::{
@@ -152,7 +153,21 @@ impl Rig {
             node.ip(&format!("link set {DEVICE} mtu {MTU} up"))?;
             node.ip(&format!("route add 10.244.0.0/16 dev {DEVICE} src {}", identity.pod))?;
         }
+        rig.settle_underlay()?;
         Ok(rig)
+    }
+
+    /// Waits until the veth pair carries packets both ways and the nodes know each other's link-layer address.
+    fn settle_underlay(&self) -> Result<()> {
+        let (a, b) = (udp(&self.a, A.node, 9)?, udp(&self.b, B.node, 9)?);
+        let passes = |from: &UdpSocket, to: &UdpSocket| {
+            let sent = to.local_addr().and_then(|address| from.send_to(b"probe", address));
+            sent.is_ok() && to.recv(&mut [0; 10]).is_ok()
+        };
+        for socket in [&a, &b] {
+            socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+        }
+        eventually("the underlay carries packets", || passes(&a, &b) && passes(&b, &a))
     }
 
     /// The same with a tunnel on each node that knows the other.
@@ -189,7 +204,20 @@ pub(crate) fn config(identity: Identity, source_check: SourceCheck, role: Role) 
 }
 
 pub(crate) fn start(node: &Namespace, config: UserTunnelConfig) -> Result<UserTunnel> {
-    Ok(node.run(|| UserTunnel::start(config))?)
+    let tunnel = node.run(|| UserTunnel::start(config))?;
+    settle_device(node)?;
+    Ok(tunnel)
+}
+
+/// Waits until the device's queue takes packets. It got a carrier by the tunnel's start, but the kernel acts on that in
+/// the background and drops packets until then.
+fn settle_device(node: &Namespace) -> Result<()> {
+    let (sender, observer) = (Tap::open(node, DEVICE)?, Tap::open(node, DEVICE)?);
+    // A tunnel takes no notice of IPv6.
+    let probe = [0x60; 40];
+    eventually("the device takes packets", || {
+        sender.send(&probe).is_ok() && observer.has_seen(Way::Out, &probe)
+    })
 }
 
 pub(crate) fn count(tunnel: &UserTunnel, counter: Counter) -> Count {
@@ -227,7 +255,7 @@ pub(crate) fn set_option(socket: &UdpSocket, level: i32, option: i32, value: i32
     // SAFETY: the value is an int of that length.
     let set =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
-    ensure!(set == 0, "option {option}: {}", std::io::Error::last_os_error());
+    ensure!(set == 0, "option {option}: {}", io::Error::last_os_error());
     Ok(())
 }
 
@@ -259,7 +287,7 @@ impl Half {
     pub(crate) fn outbound(&self, packet: &[u8]) -> Result<Option<Vec<u8>>> {
         self.device.send(packet)?;
         let mut got = vec![0; 70_000];
-        match self.peer.recv_from(&mut got) {
+        match receive(&self.peer, &mut got) {
             Ok((length, from)) => {
                 ensure!(from == SocketAddrV4::new(A.node, PORT).into(), "from {from}");
                 got.truncate(length);
@@ -275,6 +303,16 @@ impl Half {
         self.peer.send_to(datagram, (A.node, PORT))?;
         self.peer.send_to(&marker, (A.node, PORT))?;
         self.device.until(Way::In, &one_hop_on(&marker))
+    }
+}
+
+/// One datagram and its sender. With a timeout set the kernel does not resume an interrupted call by itself.
+pub(crate) fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
     }
 }
 

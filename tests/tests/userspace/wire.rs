@@ -112,6 +112,11 @@ impl Tap {
         found
     }
 
+    /// Whether that packet is among those captured since the last look.
+    pub(crate) fn has_seen(&self, way: Way, packet: &[u8]) -> bool {
+        std::iter::from_fn(|| self.next()).any(|(went, seen)| went == way && seen == packet)
+    }
+
     /// IPv4 packets that go `way` before `marker` does. The marker must come within a second.
     pub(crate) fn until(&self, way: Way, marker: &[u8]) -> Result<Vec<Vec<u8>>> {
         let deadline = Instant::now() + Duration::from_secs(1);

@@ -5,8 +5,8 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    io::{self, IoSlice, Read, Write},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     os::unix::fs::OpenOptionsExt,
 };
 
@@ -20,6 +20,41 @@ const SEGMENTATION: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::T
 const UDP_SEGMENTATION: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 const ETHTOOL_GDRVINFO: u32 = 3;
 
+/// One queue of a TUN device, in non-blocking mode. Dropping it detaches it from the device, where merely closing it would
+/// not do: a child this process is just starting holds a copy until it calls `exec`, and the kernel would go on putting
+/// packets there.
+#[derive(Debug)]
+pub(super) struct Queue(File);
+
+impl Queue {
+    /// One packet with its virtio header.
+    pub(super) fn read(&self, space: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(space)
+    }
+
+    /// One packet, in pieces, behind its virtio header.
+    pub(super) fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
+        (&self.0).write_vectored(pieces).map(drop)
+    }
+}
+
+impl AsFd for Queue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // SAFETY: all zeroes is a valid ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = libc::IFF_DETACH_QUEUE as libc::c_short;
+        // A deleted device, the only way this fails, has no queues.
+        // SAFETY: `request` is an initialised ifreq that outlives the call.
+        let _ = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) };
+    }
+}
+
 /// Creates the device, persistent, or takes over one that has our flags. Its state (up, MTU, addresses) is not touched.
 ///
 /// A second call beside a running tunnel is harmless: the queue it opens exists for microseconds, and only packets the
@@ -31,14 +66,14 @@ const ETHTOOL_GDRVINFO: u32 = 3;
 pub fn ensure_device(name: &str) -> Result<(), HostError> {
     let queue = open_queue(name)?;
     // SAFETY: TUNSETPERSIST takes its argument by value.
-    check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETPERSIST, 1) })
+    check(unsafe { libc::ioctl(queue.0.as_raw_fd(), libc::TUNSETPERSIST, 1) })
         .map_err(|e| failed(name, format!("make it persistent: {e}")))?;
     Ok(())
 }
 
-/// Opens a queue of the device without blocking mode, with every offload this kernel's TUN has. Creates the device when
+/// Opens a queue of the device, with every offload this kernel's TUN has. Creates the device when
 /// it does not exist; it then vanishes with the queue.
-pub(super) fn open_queue(name: &str) -> Result<File, HostError> {
+pub(super) fn open_queue(name: &str) -> Result<Queue, HostError> {
     let mut request = request(name)?;
     let queue = OpenOptions::new()
         .read(true)
@@ -57,7 +92,7 @@ pub(super) fn open_queue(name: &str) -> Result<File, HostError> {
         .map_err(|e| failed(name, format!("set a virtio header of {length} bytes: {e}")))?;
     set_offloads(&queue)
         .map_err(|e| failed(name, format!("switch checksum and segmentation offload on: {e}")))?;
-    Ok(queue)
+    Ok(Queue(queue))
 }
 
 fn set_offloads(queue: &File) -> io::Result<()> {

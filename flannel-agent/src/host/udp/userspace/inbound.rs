@@ -1,7 +1,7 @@
 //! Socket → device.
 
 use std::{
-    io::{ErrorKind, IoSlice, Write},
+    io::{ErrorKind, IoSlice},
     os::fd::AsFd,
     time::Instant,
 };
@@ -128,8 +128,8 @@ fn write(shared: &Shared, pieces: &[IoSlice<'_>], lines: &mut RateLimit) {
     let packets = pieces.len().saturating_sub(2).max(1);
     let bytes = pieces.iter().skip(1).map(|piece| piece.len()).sum();
     let counter = loop {
-        match (&shared.device).write_vectored(pieces) {
-            Ok(_) => break Counter::DecapUser,
+        match shared.device.write(pieces) {
+            Ok(()) => break Counter::DecapUser,
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) if e.kind() == ErrorKind::WouldBlock => {
                 match shared.stop.or(shared.device.as_fd(), PollFlags::POLLOUT) {

@@ -35,7 +35,6 @@ mod vnet;
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io,
     net::Ipv4Addr,
     os::fd::{AsFd, BorrowedFd},
@@ -59,6 +58,7 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
+use device::Queue;
 pub use device::ensure_device;
 use peers::PeerTable;
 use socket::Socket;
@@ -234,7 +234,7 @@ type Direction = fn(&Shared) -> Result<(), String>;
 #[derive(Debug)]
 struct Shared {
     name: String,
-    device: File,
+    device: Queue,
     socket: Socket,
     settings: Settings,
     mtu: usize,

@@ -4,7 +4,7 @@
 //! leave with one system call; nothing waits for packets that are not there yet.
 
 use std::{
-    io::{self, ErrorKind, IoSlice, Read, Write},
+    io::{self, ErrorKind, IoSlice},
     net::Ipv4Addr,
     ops::Range,
     os::fd::AsFd,
@@ -104,7 +104,7 @@ impl<'s> Outbound<'s> {
                 self.flush()?;
                 continue;
             };
-            match (&self.shared.device).read(space) {
+            match self.shared.device.read(space) {
                 Ok(length) => self.take(length)?,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
@@ -266,7 +266,7 @@ impl<'s> Outbound<'s> {
             return;
         }
         let pieces = [IoSlice::new(&vnet::PLAIN), IoSlice::new(&answer)];
-        if (&self.shared.device).write_vectored(&pieces).is_err() {
+        if self.shared.device.write(&pieces).is_err() {
             self.shared.outbound.add(Counter::SendFailed, 1, answer.len());
         }
     }

@@ -7,6 +7,8 @@ use std::{
     io::{self, IoSlice},
     net::Ipv4Addr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    thread,
+    time::Duration,
 };
 
 use super::{UdpGro, device::check};
@@ -61,11 +63,7 @@ impl Socket {
         let fd = check(unsafe { libc::socket(libc::AF_INET, kind, 0) }).map_err(|e| failed(e.to_string()))?;
         // SAFETY: the descriptor was just created and is owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let address = sockaddr(local, port);
-        let length = size_of::<libc::sockaddr_in>() as libc::socklen_t;
-        // SAFETY: `address` is a sockaddr_in and `length` its size.
-        check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) })
-            .map_err(|e| failed(bind_reason(&e, local, port)))?;
+        bind(&fd, local, port).map_err(|e| failed(bind_reason(&e, local, port)))?;
 
         let socket = Self { segments: has_option(&fd, libc::SOL_UDP, libc::UDP_SEGMENT), fd, port };
         for (force, plain) in
@@ -359,6 +357,25 @@ fn message(address: &mut libc::sockaddr_in, pieces: &[IoSlice<'_>]) -> libc::msg
     message
 }
 
+/// Tries again for a tenth of a second: a child that this process is just starting holds a copy of the tunnel's former
+/// socket until it calls `exec`.
+fn bind(fd: &OwnedFd, local: Ipv4Addr, port: u16) -> io::Result<()> {
+    let address = sockaddr(local, port);
+    let length = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    let mut attempts = 0;
+    loop {
+        // SAFETY: `address` is a sockaddr_in and `length` its size.
+        let bound = check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) });
+        match bound {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) && attempts < 10 => {
+                attempts += 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            other => return other.map(drop),
+        }
+    }
+}
+
 fn has_option(fd: &OwnedFd, level: libc::c_int, option: libc::c_int) -> bool {
     let mut value: libc::c_int = 0;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
@@ -414,7 +431,7 @@ mod tests {
             if all.len() >= count {
                 break;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         all
     }
