@@ -29,12 +29,12 @@ pub(crate) fn auto_takes_xdp() -> Result<()> {
     ensure!(items == wanted, "{items:?}");
     let report = rig.b.report()?;
     ensure!(report.reason == "native XDP attached, marks proven", "{}", report.reason);
-    ensure!(rig.b.count("decap_xdp")? >= 4 && rig.b.count("mark_seen")? >= 4, "{report:?}");
+    ensure!(rig.b.count("decap_xdp")? >= 2 && rig.b.count("mark_seen")? >= 2, "{report:?}");
     ensure!(rig.b.count("decap_tc")? == 0 && rig.b.count("decap_user")? == 0, "{report:?}");
     ensure!(!rig.b.has_link("flannel0p"), "no GRO pair beside XDP");
     let peer = &report.peers[0];
     ensure!(peer.node == rig.a.address() && peer.next_hop == Some(peer.node), "{peer:?}");
-    ensure!(peer.rx_packets >= 4 && peer.tx_packets >= 4, "{peer:?}");
+    ensure!(peer.rx_packets >= 2 && peer.tx_packets >= 2, "{peer:?}");
     Ok(())
 }
 
@@ -50,7 +50,7 @@ pub(crate) fn every_option() -> Result<()> {
         rig.up(datapath)?;
         rig.talks().with_context(|| format!("{datapath}"))?;
         ensure!(rig.b.tier()? == tier, "{datapath}: {:?}", rig.b.report()?);
-        ensure!(rig.b.count(counter)? >= 4, "{datapath}: {:?}", rig.b.report()?);
+        ensure!(rig.b.count(counter)? >= 2, "{datapath}: {:?}", rig.b.report()?);
         ensure!(rig.b.is_in_place()?, "{datapath} is not in place");
         if matches!(datapath, Datapath::Tc | Datapath::Tun) {
             let reason = rig.b.report()?.reason;
@@ -64,6 +64,9 @@ pub(crate) fn every_option() -> Result<()> {
 pub(crate) fn mixed() -> Result<()> {
     let all = [Datapath::Xdp, Datapath::Tc, Datapath::Tun];
     let rig = Rig::new()?;
+    for node in [&rig.a, &rig.b] {
+        node.command("ethtool", &format!("-K {UNDERLAY} tx off"))?;
+    }
     for a in all {
         rig.a.up(a)?;
         for b in all {
@@ -276,7 +279,9 @@ pub(crate) fn removing() -> Result<()> {
 
 /// Somebody else's object: ours with settings that no packet fits, so that it lets everything pass.
 fn stranger() -> Result<Ebpf> {
-    Ok(EbpfLoader::new().btf(None).load(object::OBJECT)?)
+    // A network that is nobody's: of 0.0.0.0/0 every marked packet would be.
+    let settings = Settings { network: u32::MAX, network_mask: u32::MAX, ..Settings::default() };
+    Ok(EbpfLoader::new().btf(None).override_global("SETTINGS", &settings, true).load(object::OBJECT)?)
 }
 
 /// Attaches a foreign classifier in front of all others; returns its id. It stays until `Ebpf` is dropped.
@@ -343,7 +348,7 @@ pub(crate) fn clsact() -> Result<()> {
     rig.b.command("tc", &format!("qdisc add dev {UNDERLAY} clsact"))?;
     rig.b.command(
         "tc",
-        &format!("filter add dev {UNDERLAY} ingress priority 60 protocol all matchall action continue"),
+        &format!("filter add dev {UNDERLAY} ingress priority 60 protocol ip u32 match u32 0 0 flowid 1:1"),
     )?;
     let pins = PinFolder::new(&rig.b.bpffs, "clsact");
     let bpffs = rig.b.bpffs.clone();
@@ -366,8 +371,11 @@ pub(crate) fn clsact() -> Result<()> {
     })?;
     let show = || rig.b.command("tc", &format!("filter show dev {UNDERLAY} ingress"));
     let filters = show()?;
-    ensure!(filters.matches("flannel_ingress").count() == 1 && filters.contains("pref 50 "), "{filters}");
-    ensure!(filters.contains("matchall"), "{filters}");
+    ensure!(
+        filters.matches("handle 0x1 flannel_ingress").count() == 1 && filters.contains("pref 50 "),
+        "{filters}"
+    );
+    ensure!(filters.contains("pref 60 u32"), "{filters}");
     rig.b.run(|_| -> Result<()> {
         let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
         let hook = Hook { device: UNDERLAY, ifindex, side: Side::Ingress, pin: LinkPin::Ingress };
@@ -376,6 +384,6 @@ pub(crate) fn clsact() -> Result<()> {
         Ok(())
     })?;
     let filters = show()?;
-    ensure!(!filters.contains("flannel") && filters.contains("matchall"), "{filters}");
+    ensure!(!filters.contains("flannel") && filters.contains("pref 60 u32"), "{filters}");
     Ok(())
 }
