@@ -18,8 +18,8 @@ pub(crate) fn recreated_underlay() -> Result<()> {
         rig.up(datapath)?;
         rig.talks()?;
         rig.b.ip(&format!("link delete {UNDERLAY}"))?;
-        ensure!(!rig.b.is_in_place()?);
         rig.b.disturbed_within(SOON)?;
+        ensure!(!rig.b.is_in_place()?);
         let error = rig.b.try_put(rig.b.tunnel(datapath)).err().context("it came up without underlay")?;
         ensure!(error == "bring up the tunnel on flannel0: there is no network device eth0", "{error}");
         rig.join(1500)?;
@@ -129,4 +129,18 @@ pub(crate) fn deleted_device() -> Result<()> {
         rig.talks()?;
     }
     Ok(())
+}
+
+pub(crate) fn at_once() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    for pin in ["link_xdp", "link_ingress", "link_encap"] {
+        for _ in 0..5 {
+            fs::remove_file(rig.b.pins().join(pin))?;
+            rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+            ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{pin}: {:?}", rig.b.report()?);
+        }
+    }
+    rig.talks()
 }

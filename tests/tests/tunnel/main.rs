@@ -18,7 +18,7 @@ use libtest_mimic::{Failed, Trial};
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 28] = [
+    let tests: [(&str, Test); 31] = [
         ("auto_takes_xdp_on_a_veth_and_traffic_proves_it", tiers::auto_takes_xdp),
         ("every_datapath_option_takes_its_tier_and_carries_packets", tiers::every_option),
         ("tiers_that_differ_talk_to_each_other", tiers::mixed),
@@ -39,6 +39,9 @@ fn main() -> ExitCode {
         ("a_pinned_map_of_another_shape_is_replaced", takeover::stale_map),
         ("links_of_another_layout_version_are_taken_over", takeover::other_version),
         ("other_settings_replace_the_programs_in_place", takeover::settings),
+        ("another_underlay_is_moved_to_and_the_old_one_left_clean", tiers::another_underlay),
+        ("a_folder_that_is_no_bpffs_becomes_one", takeover::mounts_bpffs),
+        ("a_link_lost_a_moment_ago_is_not_taken_for_a_foreign_one", damage::at_once),
         ("an_underlay_made_anew_is_attached_again", damage::recreated_underlay),
         ("a_deleted_pin_is_missed_within_a_second_and_put_back", damage::deleted_pins),
         ("a_damaged_gro_pair_is_missed_and_made_anew", damage::gro_pair),

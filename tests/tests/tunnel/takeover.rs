@@ -3,9 +3,11 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck, SourcePort};
-use flannel_agent::host::udp::programs::inspect;
+use flannel_agent::host::udp::programs::{ensure_bpffs, inspect};
+use nix::mount::umount;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::rig::Rig;
 
@@ -109,5 +111,20 @@ pub(crate) fn settings() -> Result<()> {
     }
     flood.end_complete()?;
     ensure!(rig.b.tier()? == "xdp");
+    Ok(())
+}
+
+pub(crate) fn mounts_bpffs() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = folder.path().join("made/for/it");
+    ensure_bpffs(&at)?;
+    ensure_bpffs(&at)?;
+    ensure!(statfs(&at)?.filesystem_type() == BPF_FS_MAGIC);
+    umount(&at)?;
+    ensure!(umount(&at).is_err(), "mounted once only");
+    let file = folder.path().join("file");
+    fs::write(&file, "")?;
+    let error = ensure_bpffs(&file).err().context("a file was taken")?;
+    ensure!(error.to_string().contains("file exists (EEXIST)"), "{error}");
     Ok(())
 }

@@ -277,6 +277,28 @@ pub(crate) fn removing() -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn another_underlay() -> Result<()> {
+    for datapath in [Datapath::Auto, Datapath::Tc, Datapath::Tun] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        // The address moves to a device over the old one.
+        stack(&rig)?;
+        rig.b.ip(&format!("link set {UNDERLAY} down"))?;
+        rig.b.ip(&format!("link set {UNDERLAY} name over0"))?;
+        rig.b.ip("link set over0 up")?;
+        rig.b.ip(&format!("link set wire0 name {UNDERLAY}"))?;
+        let mut tunnel = rig.b.tunnel(datapath);
+        tunnel.underlay = "over0".to_owned();
+        rig.b.put(tunnel.clone())?;
+        rig.b.put_peers(vec![rig.b.other()])?;
+        ensure!(rig.b.observe()?.contains(&HostItem::Tunnel(tunnel)), "{datapath}");
+        ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.is_empty() && !has_xdp(&rig.b)?, "{datapath}: left behind");
+        rig.talks().with_context(|| format!("{datapath}"))?;
+    }
+    Ok(())
+}
+
 /// Somebody else's object: ours with settings that no packet fits, so that it lets everything pass.
 fn stranger() -> Result<Ebpf> {
     // A network that is nobody's: of 0.0.0.0/0 every marked packet would be.

@@ -24,7 +24,7 @@ use flannel_common::tunnel::{
 use serde::Serialize;
 
 use super::errno::Refusal;
-use super::ethtool::{Feature, Switch};
+use super::ethtool::{Ethtool, Feature, Switch};
 use super::gro_pair::{self, GroPair};
 use super::maps::{Maps, to_wire};
 use super::programs::{
@@ -179,7 +179,9 @@ fn refused(underlay: &str, refusal: &Refusal) -> String {
     if is_taken(refusal) {
         format!("another XDP program is on {underlay}: {}", refusal.reason())
     } else {
-        format!("{underlay} refused native XDP: {}", refusal.reason())
+        let driver = Ethtool::open().and_then(|ethtool| ethtool.driver(underlay));
+        let driver = driver.map_or_else(|_| String::new(), |driver| format!(" (driver {driver})"));
+        format!("{underlay}{driver} refused native XDP: {}", refusal.reason())
     }
 }
 
@@ -476,12 +478,25 @@ pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) 
         (INGRESS, &tunnel.underlay, Side::Ingress, LinkPin::Ingress),
     ];
     for (name, device, side, pin) in hooks {
-        if let Ok(ifindex) = nix::net::if_::if_nametoindex(device.as_str()) {
-            let hook = Hook { device, ifindex, side, pin };
-            result = result.and(programs::detach_clsact(name, &hook).map_err(HostError::from));
-        }
+        result = result.and(leave_clsact(name, device, side, pin).map_err(HostError::from));
     }
     underlay::restore(&pins);
     result = result.and(pins.remove_all().map_err(HostError::from));
     result.and(gro_pair::remove(netlink, &tunnel.device).await)
+}
+
+/// Takes what is not a link, and so did not move along, off the former underlay.
+///
+/// # Errors
+/// Missing permission.
+pub(super) fn leave_underlay(device: &str) -> Result<(), Refusal> {
+    leave_clsact(INGRESS, device, Side::Ingress, LinkPin::Ingress)
+}
+
+/// A device that is gone took its filters with it.
+fn leave_clsact(name: &'static str, device: &str, side: Side, pin: LinkPin) -> Result<(), Refusal> {
+    match nix::net::if_::if_nametoindex(device) {
+        Ok(ifindex) => programs::detach_clsact(name, &Hook { device, ifindex, side, pin }),
+        Err(_) => Ok(()),
+    }
 }
