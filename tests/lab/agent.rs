@@ -1,0 +1,472 @@
+//! The real agent on a host of the lab: started with files and sockets of its own, asked by its own interfaces
+//! (`/readyz`, `flannel-agent status --json`), and killed when dropped.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+    sync::Arc,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde::Deserialize;
+
+use crate::namespace::Namespace;
+
+const HEALTH_PORT: u16 = 10256;
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// How an agent is started, apart from what the lab sets by itself (etcd, files, sockets, bpffs).
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    binary: PathBuf,
+    flags: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl AgentOptions {
+    /// The binary that was built with this test (see [`crate::agent_binary`]).
+    ///
+    /// # Errors
+    /// It was not built.
+    pub fn new() -> Result<Self> {
+        Ok(Self::with_binary(crate::agent_binary()?))
+    }
+
+    /// Another binary.
+    pub fn with_binary(binary: PathBuf) -> Self {
+        Self { binary, flags: Vec::new(), environment: Vec::new() }
+    }
+
+    /// `--udp-datapath=TIER`.
+    #[must_use]
+    pub fn datapath(self, tier: &str) -> Self {
+        self.flag(format!("--udp-datapath={tier}"))
+    }
+
+    /// One more flag; a later one of the same name wins.
+    #[must_use]
+    pub fn flag(mut self, flag: impl Into<String>) -> Self {
+        self.flags.push(flag.into());
+        self
+    }
+
+    /// One more environment variable.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+}
+
+/// Where an agent of the lab keeps its things.
+#[derive(Clone, Debug)]
+pub struct AgentFiles {
+    /// A folder of its own for each host.
+    pub folder: PathBuf,
+    /// `--bpffs-path`; none where no bpffs can be mounted.
+    pub bpffs: Option<PathBuf>,
+}
+
+impl AgentFiles {
+    /// `--subnet-file`.
+    pub fn subnet_env(&self) -> PathBuf {
+        self.folder.join("subnet.env")
+    }
+
+    /// `--status-socket`.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("agent.sock")
+    }
+
+    /// Standard output and error of every agent started here, one after the other.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("agent.log")
+    }
+}
+
+/// A running (or ended) agent.
+#[derive(Debug)]
+pub struct Agent {
+    namespace: Arc<Namespace>,
+    binary: PathBuf,
+    files: AgentFiles,
+    process: Child,
+}
+
+impl Agent {
+    /// Starts the agent inside `namespace` against the etcd at `endpoint`.
+    ///
+    /// # Errors
+    /// The binary can't be started.
+    pub fn start(
+        namespace: &Arc<Namespace>,
+        files: &AgentFiles,
+        endpoint: &str,
+        options: &AgentOptions,
+    ) -> Result<Self> {
+        let log = files.log();
+        let output = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("open {}", log.display()))?;
+        let mut command = namespace.command(&options.binary);
+        command
+            .arg(format!("--etcd-endpoints={endpoint}"))
+            .arg(format!("--subnet-file={}", files.subnet_env().display()))
+            .arg(format!("--status-socket={}", files.socket().display()))
+            .args(["--healthz-ip=127.0.0.1", &format!("--healthz-port={HEALTH_PORT}")]);
+        if let Some(bpffs) = &files.bpffs {
+            command.arg(format!("--bpffs-path={}", bpffs.display()));
+        }
+        let process = command
+            .args(&options.flags)
+            .envs(options.environment.iter().cloned())
+            .stdout(output.try_clone().context("share the agent's log")?)
+            .stderr(output)
+            .spawn()
+            .with_context(|| format!("start {}", options.binary.display()))?;
+        Ok(Self {
+            namespace: Arc::clone(namespace),
+            binary: options.binary.clone(),
+            files: files.clone(),
+            process,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// What it printed so far (and its predecessors on this host).
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.files.log()).unwrap_or_default()
+    }
+
+    /// Waits until `/readyz` says 200.
+    ///
+    /// # Errors
+    /// It ends, or is not ready in time: with the last answer and the end of the log.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let answer = self.readyz();
+            if let Ok((200, _)) = answer {
+                return Ok(());
+            }
+            if let Some(status) = self.process.try_wait().context("look after the agent")? {
+                bail!(
+                    "the agent on {} ended with {status}:\n{}",
+                    self.namespace.name(),
+                    crate::tail(&self.files.log())
+                );
+            }
+            ensure!(
+                started.elapsed() < READY_LIMIT,
+                "the agent on {} is not ready after {READY_LIMIT:?}; /readyz: {answer:?}\n{}",
+                self.namespace.name(),
+                crate::tail(&self.files.log())
+            );
+            sleep(Duration::from_millis(25));
+        }
+    }
+
+    /// Status and body of `/readyz`.
+    ///
+    /// # Errors
+    /// Nothing listens, or the answer is no HTTP.
+    pub fn readyz(&self) -> Result<(u16, String)> {
+        self.http_get("/readyz")
+    }
+
+    /// Status and body of a GET to the health server.
+    ///
+    /// # Errors
+    /// Nothing listens, or the answer is no HTTP.
+    pub fn http_get(&self, path: &str) -> Result<(u16, String)> {
+        let limit = Duration::from_secs(2);
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTH_PORT));
+        let mut socket = self.namespace.run(|| Ok(TcpStream::connect_timeout(&address, limit)?))?;
+        socket.set_read_timeout(Some(limit))?;
+        write!(socket, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = Vec::new();
+        socket.take(1 << 20).read_to_end(&mut answer)?;
+        let answer = String::from_utf8_lossy(&answer);
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no HTTP status")?;
+        Ok((status, body.to_owned()))
+    }
+
+    /// `flannel-agent status --json`.
+    ///
+    /// # Errors
+    /// The command fails, or prints something else.
+    pub fn status(&self) -> Result<Status> {
+        status(&self.binary, &self.files.socket())
+    }
+
+    /// Waits until the agent knows `count` peers and is ready; returns what it then says.
+    ///
+    /// # Errors
+    /// Not in time.
+    pub fn wait_peers(&mut self, count: usize) -> Result<Status> {
+        self.wait_ready()?;
+        self.wait_status(&format!("{count} peers, and ready"), |status| {
+            status.ready && status.peers.len() == count
+        })
+    }
+
+    /// Waits until `fits` is true of its status.
+    ///
+    /// # Errors
+    /// Not in time: with `wanted`, the last status and the end of the log.
+    pub fn wait_status(&self, wanted: &str, fits: impl Fn(&Status) -> bool) -> Result<Status> {
+        let started = Instant::now();
+        loop {
+            let status = self.status();
+            if let Ok(status) = &status
+                && fits(status)
+            {
+                return Ok(status.clone());
+            }
+            ensure!(
+                started.elapsed() < READY_LIMIT,
+                "{}: waited {READY_LIMIT:?} for {wanted}; last status: {status:?}\n{}",
+                self.namespace.name(),
+                crate::tail(&self.files.log())
+            );
+            sleep(Duration::from_millis(25));
+        }
+    }
+
+    /// What it wrote for the container runtime.
+    ///
+    /// # Errors
+    /// Not written yet, or a key is missing.
+    pub fn subnet_env(&self) -> Result<SubnetEnv> {
+        SubnetEnv::read(&self.files.subnet_env())
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// It does not run any more.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.process.id()).context("the agent's pid")?;
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("send {signal} to the agent"))
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// It still runs after `limit`.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.process.try_wait().context("look after the agent")? {
+                return Ok(status);
+            }
+            ensure!(
+                started.elapsed() < limit,
+                "the agent on {} still runs after {limit:?}:\n{}",
+                self.namespace.name(),
+                crate::tail(&self.files.log())
+            );
+            sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// SIGKILL, and waits for the end: a crash.
+    ///
+    /// # Errors
+    /// The kernel refuses to kill or reap it.
+    pub fn crash(&mut self) -> Result<()> {
+        self.process.kill().context("kill the agent")?;
+        self.process.wait().context("wait for the agent")?;
+        Ok(())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.crash();
+    }
+}
+
+/// Asks the agent behind `socket`.
+///
+/// # Errors
+/// The command fails, or prints something else.
+pub fn status(binary: &Path, socket: &Path) -> Result<Status> {
+    let output = Command::new(binary)
+        .args(["status", "--json", "--socket"])
+        .arg(socket)
+        .output()
+        .with_context(|| format!("start {} status", binary.display()))?;
+    ensure!(
+        output.status.success(),
+        "`{} status`: {}; {}",
+        binary.display(),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim_end()
+    );
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("read the status:\n{}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// What a running agent says of itself (the fields the lab looks at).
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// The overlay's range.
+    pub network: String,
+    /// Our lease.
+    pub subnet: String,
+    /// `udp`, `host-gw`, `alloc`.
+    pub backend: String,
+    /// For pods, bytes.
+    pub mtu: u32,
+    /// As `/readyz`.
+    pub ready: bool,
+    /// Why not.
+    #[serde(default)]
+    pub not_ready: Vec<String>,
+    /// The udp backend's data path; empty for others.
+    #[serde(default)]
+    pub tunnels: Vec<Tunnel>,
+    /// The other nodes.
+    #[serde(default)]
+    pub peers: Vec<Peer>,
+    /// Leases that were refused.
+    #[serde(default)]
+    pub refused: Vec<Refused>,
+}
+
+/// A tunnel device and how its packets are carried.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Tunnel {
+    /// `flannel0`
+    pub device: String,
+    /// `xdp`, `tc` or `tun`.
+    pub tier: String,
+    /// Why this tier.
+    pub reason: String,
+    /// What happened to packets, by name.
+    #[serde(default)]
+    pub counters: BTreeMap<String, Count>,
+    /// As the data path counted them.
+    #[serde(default)]
+    pub peers: Vec<PeerCount>,
+}
+
+/// Packets and their bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Count {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of inner packets.
+    pub bytes: u64,
+}
+
+/// Traffic with one peer.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PeerCount {
+    /// Its lease.
+    pub subnet: String,
+    /// Its address on the underlay.
+    pub node: String,
+    /// Packets to it.
+    pub tx_packets: u64,
+    /// Packets from it.
+    pub rx_packets: u64,
+}
+
+/// Another node's lease.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Peer {
+    /// Its lease.
+    pub subnet: String,
+    /// Its address on the underlay.
+    pub public_ip: String,
+}
+
+/// A lease the agent does not use.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Refused {
+    /// Key in the store.
+    pub key: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl Status {
+    /// The tier of the only tunnel, or the backend's name where there is none.
+    pub fn path(&self) -> &str {
+        self.tunnels.first().map_or(&self.backend, |tunnel| &tunnel.tier)
+    }
+
+    /// Packets the tunnels counted under `name`.
+    pub fn counted(&self, name: &str) -> u64 {
+        self.tunnels.iter().filter_map(|tunnel| tunnel.counters.get(name)).map(|count| count.packets).sum()
+    }
+}
+
+/// `subnet.env`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubnetEnv {
+    /// `FLANNEL_NETWORK`
+    pub network: String,
+    /// First address of `FLANNEL_SUBNET`: the bridge's.
+    pub gateway: Ipv4Addr,
+    /// Its prefix length.
+    pub prefix: u8,
+    /// `FLANNEL_MTU`
+    pub mtu: u32,
+    /// `FLANNEL_IPMASQ`
+    pub ip_masq: bool,
+}
+
+impl SubnetEnv {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// Missing file or key, or a value of another form.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let value = |key: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+                .with_context(|| format!("{} has no {key}:\n{text}", path.display()))
+        };
+        let subnet = value("FLANNEL_SUBNET")?;
+        let (gateway, prefix) = subnet.split_once('/').with_context(|| format!("FLANNEL_SUBNET={subnet}"))?;
+        Ok(Self {
+            network: value("FLANNEL_NETWORK")?.to_owned(),
+            gateway: gateway.parse().with_context(|| format!("FLANNEL_SUBNET={subnet}"))?,
+            prefix: prefix.parse().with_context(|| format!("FLANNEL_SUBNET={subnet}"))?,
+            mtu: value("FLANNEL_MTU")?.parse().context("FLANNEL_MTU")?,
+            ip_masq: value("FLANNEL_IPMASQ")?.parse().context("FLANNEL_IPMASQ")?,
+        })
+    }
+
+    /// Base address of the subnet.
+    pub fn base(&self) -> Ipv4Addr {
+        let host_bits = u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0);
+        Ipv4Addr::from(u32::from(self.gateway) & !host_bits)
+    }
+
+    /// Key of the lease in the store: `10.244.7.0-24`.
+    pub fn key(&self) -> String {
+        format!("{}-{}", self.base(), self.prefix)
+    }
+}

@@ -1,0 +1,223 @@
+//! An etcd server in a namespace of the lab, and what the lab says to it.
+//!
+//! Debian's `etcd-server` 3.4 or newer; its data lies in the lab's folder. Talking goes through `etcdctl`, so this needs
+//! no client library and the answers are etcd's own.
+
+use std::{
+    fs::File,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::Child,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::namespace::Namespace;
+
+/// Prefix of every key (flanneld's default).
+pub const PREFIX: &str = "/coreos.com/network";
+
+const CLIENT_PORT: u16 = 2379;
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// A running etcd; killed when dropped.
+#[derive(Debug)]
+pub struct Datastore {
+    namespace: Arc<Namespace>,
+    address: Ipv4Addr,
+    folder: PathBuf,
+    server: Option<Child>,
+}
+
+impl Datastore {
+    /// Starts etcd on `address` of the namespace and waits until it answers.
+    ///
+    /// # Errors
+    /// No `etcd` on this machine, or it ends or stays silent; the text has the end of its log.
+    pub fn start(namespace: &Arc<Namespace>, address: Ipv4Addr, folder: &Path) -> Result<Self> {
+        let mut store =
+            Self { namespace: Arc::clone(namespace), address, folder: folder.to_owned(), server: None };
+        store.restart()?;
+        Ok(store)
+    }
+
+    /// What goes into `--etcd-endpoints`.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}:{CLIENT_PORT}", self.address)
+    }
+
+    /// Kills the server. Its data stays.
+    ///
+    /// # Errors
+    /// The kernel refuses to kill or reap it.
+    pub fn stop(&mut self) -> Result<()> {
+        if let Some(mut server) = self.server.take() {
+            server.kill().context("kill etcd")?;
+            server.wait().context("wait for etcd")?;
+        }
+        Ok(())
+    }
+
+    /// Starts it (again) on the same data and waits until it answers.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn restart(&mut self) -> Result<()> {
+        self.stop()?;
+        let log = self.folder.join("etcd.log");
+        let output = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("open {}", log.display()))?;
+        let client = self.endpoint();
+        let peer = "http://127.0.0.1:2380";
+        let server = self
+            .namespace
+            .command("etcd")
+            // Outside x86-64 etcd 3.4 wants to be asked for; without effect elsewhere.
+            .env("ETCD_UNSUPPORTED_ARCH", std::env::consts::ARCH.replace("aarch64", "arm64"))
+            .args(["--name", "lab", "--log-level", "warn", "--logger", "zap", "--log-outputs", "stderr"])
+            .arg("--data-dir")
+            .arg(self.folder.join("etcd"))
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer])
+            .args(["--initial-cluster", &format!("lab={peer}"), "--max-txn-ops", "10240"])
+            .stdout(output.try_clone().context("share etcd's log")?)
+            .stderr(output)
+            .spawn()
+            .context("start `etcd` (Debian and Ubuntu: package etcd-server)")?;
+        self.server = Some(server);
+        self.wait_until_it_answers()
+    }
+
+    /// Stops the server's processes without closing its connections: an etcd that hangs.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets a frozen server go on.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let server = self.server.as_ref().context("etcd does not run")?;
+        let pid = i32::try_from(server.id()).context("etcd's pid")?;
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("send {signal} to etcd"))
+    }
+
+    fn wait_until_it_answers(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let address = SocketAddr::from((self.address, CLIENT_PORT));
+        loop {
+            if let Some(server) = &mut self.server
+                && let Some(status) = server.try_wait().context("look after etcd")?
+            {
+                bail!("etcd ended with {status}:\n{}", crate::tail(&self.folder.join("etcd.log")));
+            }
+            let open = self
+                .namespace
+                .run(|| Ok(TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_ok()))?;
+            if open && self.etcdctl(&["endpoint", "health"]).is_ok() {
+                return Ok(());
+            }
+            ensure!(
+                started.elapsed() < START_LIMIT,
+                "etcd does not answer on {address} after {START_LIMIT:?}:\n{}",
+                crate::tail(&self.folder.join("etcd.log"))
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Publishes the network configuration (JSON).
+    ///
+    /// # Errors
+    /// etcd is away.
+    pub fn put_config(&self, json: &str) -> Result<()> {
+        self.put("config", json)
+    }
+
+    /// Writes `PREFIX/key`.
+    ///
+    /// # Errors
+    /// etcd is away.
+    pub fn put(&self, key: &str, value: &str) -> Result<()> {
+        self.etcdctl(&["put", &format!("{PREFIX}/{key}"), "--", value]).map(drop)
+    }
+
+    /// Deletes `PREFIX/key`; true when it was there.
+    ///
+    /// # Errors
+    /// etcd is away.
+    pub fn delete(&self, key: &str) -> Result<bool> {
+        Ok(self.etcdctl(&["del", &format!("{PREFIX}/{key}")])?.trim() == "1")
+    }
+
+    /// The value of `PREFIX/key`.
+    ///
+    /// # Errors
+    /// etcd is away.
+    pub fn get(&self, key: &str) -> Result<Option<String>> {
+        let text = self.etcdctl(&["get", "--print-value-only", &format!("{PREFIX}/{key}")])?;
+        Ok(Some(text.trim_end_matches('\n').to_owned()).filter(|text| !text.is_empty()))
+    }
+
+    /// The leases: key below `subnets/` and value, sorted by key.
+    ///
+    /// # Errors
+    /// etcd is away.
+    pub fn leases(&self) -> Result<Vec<(String, String)>> {
+        let folder = format!("{PREFIX}/subnets/");
+        let text = self.etcdctl(&["get", "--prefix", &folder])?;
+        let mut lines = text.lines();
+        let mut leases = Vec::new();
+        while let (Some(key), Some(value)) = (lines.next(), lines.next()) {
+            let key = key.strip_prefix(&folder).with_context(|| format!("{key} is not below {folder}"))?;
+            leases.push((key.to_owned(), value.to_owned()));
+        }
+        Ok(leases)
+    }
+
+    /// Runs `etcdctl ARGUMENTS` (API 3) and returns what it printed.
+    ///
+    /// # Errors
+    /// It fails, or does not exist on this machine.
+    pub fn etcdctl(&self, arguments: &[&str]) -> Result<String> {
+        let output = self
+            .namespace
+            .command("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .args(["--endpoints", &self.endpoint(), "--command-timeout", "5s"])
+            .args(arguments)
+            .output()
+            .context("start `etcdctl` (Debian and Ubuntu: package etcd-client)")?;
+        ensure!(
+            output.status.success(),
+            "`etcdctl {}`: {}; {}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+impl Drop for Datastore {
+    fn drop(&mut self) {
+        let _ = self.stop();
+    }
+}

@@ -1,0 +1,37 @@
+//! Traffic that knows what should arrive: pings, TCP streams and datagrams whose every byte is checked, raw packets, and
+//! captures. Sockets are made on a thread inside the namespace; loads are bounded in bytes and time.
+
+pub mod capture;
+pub mod ping;
+pub mod raw;
+pub mod tcp;
+pub mod udp;
+
+use std::{sync::OnceLock, time::Duration};
+
+/// How long a probe waits for the other side before it fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A prime, so that a byte at a wrong offset of the stream is a wrong byte.
+const PERIOD: usize = 1_048_573;
+
+/// `length` bytes (at most [`PERIOD`]) of an endless, position-dependent stream, from `offset` on. Comparing with it is one
+/// memcmp.
+pub(crate) fn stream(offset: u64, length: usize) -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    let bytes = BYTES.get_or_init(|| {
+        // xorshift32 (Marsaglia 2003): no pattern a checksum or a merge could mistake for another.
+        let mut state = 0x9E37_79B9_u32;
+        let period: Vec<u8> = (0..PERIOD)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 17;
+                state ^= state << 5;
+                state.to_be_bytes()[0]
+            })
+            .collect();
+        period.repeat(2)
+    });
+    let start = usize::try_from(offset % PERIOD as u64).unwrap_or(0);
+    bytes.get(start..start + length.min(PERIOD)).unwrap_or_default()
+}

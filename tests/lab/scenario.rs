@@ -1,0 +1,52 @@
+//! A test on a lab of its own: built for it, gone after it; when it fails, the message has the agents' last words.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use libtest_mimic::{Failed, Trial};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+
+use crate::{
+    privilege,
+    topology::{Lab, Plan},
+};
+
+/// A trial named `sentence` that builds `plan` and runs `test` on it.
+pub fn scenario(
+    sentence: impl Into<String>,
+    plan: Plan,
+    test: impl FnOnce(&mut Lab) -> Result<()> + Send + 'static,
+) -> Trial {
+    Trial::test(sentence, move || {
+        let mut lab = plan.build().map_err(|e| Failed::from(format!("{e:#}")))?;
+        test(&mut lab).map_err(|e| Failed::from(format!("{e:#}\n{}", lab.logs())))
+    })
+}
+
+/// What a test binary's `main` returns: mounts become the process's own (call it before any thread exists), then the
+/// trials run behind the gate of [`privilege`].
+pub fn run(trials: Vec<Trial>) -> ExitCode {
+    run_when(privilege::require, trials)
+}
+
+/// [`run`] for trials that need less, or more, than root and eBPF programs.
+pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
+    if privilege::require_root().is_ok()
+        && let Err(e) = private_mounts()
+    {
+        eprintln!("error: {e}");
+        return ExitCode::FAILURE;
+    }
+    privilege::run_when(ready, trials)
+}
+
+/// Each host of a lab mounts a bpffs; none of them may show outside, nor outlive us.
+fn private_mounts() -> Result<(), String> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("unshare the mount namespace: {e}"))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(|e| format!("make the mounts private: {e}"))
+}

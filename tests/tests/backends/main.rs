@@ -1,0 +1,29 @@
+//! Backends on whole hosts: the real agent on network namespaces, pods on bridges, and every byte compared.
+//!
+//! The hosts' underlay are veth pairs, so super-packets cross it whole; what a wire adds (cut frames) the offload matrix
+//! brings in.
+
+mod configuration;
+mod offloads;
+mod others;
+mod paths;
+mod services;
+mod tiers;
+mod traffic;
+
+use std::process::ExitCode;
+
+use flannel_tests::scenario::run;
+
+/// The data paths of the udp backend, best first.
+const TIERS: [&str; 3] = ["xdp", "tc", "tun"];
+
+fn main() -> ExitCode {
+    let mut trials = tiers::trials();
+    trials.extend(paths::trials());
+    trials.extend(services::trials());
+    trials.extend(offloads::trials());
+    trials.extend(others::trials());
+    trials.extend(configuration::trials());
+    run(trials)
+}

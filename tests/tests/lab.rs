@@ -1,0 +1,96 @@
+//! The lab itself, without an agent: a probe that can't fail would prove nothing.
+
+use std::{net::SocketAddrV4, process::ExitCode, time::Duration};
+
+use anyhow::{Result, ensure};
+use flannel_tests::{
+    privilege,
+    probe::{
+        capture::{Capture, ipv4, udp_payload},
+        ping::Ping,
+        tcp::TcpPath,
+        udp::Datagrams,
+    },
+    scenario::{run_when, scenario},
+    topology::{Lab, Underlay},
+};
+
+fn main() -> ExitCode {
+    let trials = vec![
+        scenario("hosts_on_a_bridge_reach_each_other_and_etcd", Lab::new("lab-bridge").hosts(3), bridge),
+        scenario(
+            "hosts_on_a_direct_link_reach_each_other_and_etcd",
+            Lab::new("lab-direct").underlay(Underlay::Direct),
+            direct,
+        ),
+        scenario("probes_see_what_passes_and_what_does_not", Lab::new("lab-probes"), probes),
+        scenario("etcd_keeps_its_data_over_a_restart", Lab::new("lab-etcd").hosts(1), datastore),
+    ];
+    run_when(privilege::require_root, trials)
+}
+
+fn bridge(lab: &mut Lab) -> Result<()> {
+    for from in lab.hosts() {
+        for to in lab.hosts() {
+            ensure!(Ping::new(from.netns(), to.address()).run()?.lost() == 0);
+        }
+        let store = SocketAddrV4::new([10, 99, 0, 1].into(), 2379);
+        from.netns().run(|| Ok(std::net::TcpStream::connect(store)?))?;
+    }
+    Ok(())
+}
+
+fn direct(lab: &mut Lab) -> Result<()> {
+    ensure!(Ping::new(lab.host(0).netns(), lab.host(1).address()).run()?.lost() == 0);
+    let store = SocketAddrV4::new([10, 98, 0, 1].into(), 2379);
+    lab.host(1).netns().run(|| Ok(std::net::TcpStream::connect(store)?))?;
+    Ok(())
+}
+
+fn probes(lab: &mut Lab) -> Result<()> {
+    let (a, b) = (lab.host(0), lab.host(1));
+    let capture = Capture::start(lab.switch(), "sw-h2")?;
+    let address = SocketAddrV4::new(b.address(), 5001);
+    let path = TcpPath::new(a.netns(), b.netns(), address);
+    let transfer = path.transfer(20_000_000)?;
+    ensure!(transfer.bytes == 20_000_000, "{transfer:?}");
+
+    let flow = path.flow()?;
+    std::thread::sleep(Duration::from_millis(200));
+    ensure!(flow.is_alive());
+    ensure!(flow.finish()?.bytes > 1_000_000);
+
+    for batch in [1, 20] {
+        let load = Datagrams { count: 200, size: 1200, batch };
+        let delivered = load.send(a.netns(), b.netns(), address)?;
+        ensure!((delivered.whole, delivered.damaged) == (200, 0), "{delivered:?} in batches of {batch}");
+    }
+    let frames = capture.finish()?;
+    let datagrams = frames.iter().filter_map(|frame| udp_payload(ipv4(frame)?, 5001)).count();
+    ensure!(datagrams >= 200, "{datagrams} datagrams captured");
+
+    // What is lost must show.
+    b.netns().iptables("-A INPUT -p icmp -j DROP")?;
+    b.netns().iptables("-A INPUT -p udp -m statistic --mode nth --every 2 --packet 0 -j DROP")?;
+    let report = Ping::new(a.netns(), b.address()).count(2).run()?;
+    ensure!(report.lost() == 2, "{report}");
+    ensure!(b.netns().iptables_packets("INPUT", "icmp")? == 2);
+    let delivered = Datagrams { count: 100, size: 100, batch: 1 }.send(a.netns(), b.netns(), address)?;
+    ensure!(delivered.whole == 50, "{delivered:?}");
+    Ok(())
+}
+
+fn datastore(lab: &mut Lab) -> Result<()> {
+    let store = lab.datastore_mut();
+    store.put("subnets/10.244.7.0-24", r#"{"PublicIP":"10.99.0.7"}"#)?;
+    store.stop()?;
+    store.restart()?;
+    let leases = store.leases()?;
+    ensure!(leases == [("10.244.7.0-24".to_owned(), r#"{"PublicIP":"10.99.0.7"}"#.to_owned())], "{leases:?}");
+    ensure!(store.delete("subnets/10.244.7.0-24")? && store.leases()?.is_empty());
+    store.freeze()?;
+    ensure!(store.get("config").is_err(), "a frozen etcd answered");
+    store.thaw()?;
+    ensure!(store.get("config")?.is_some());
+    Ok(())
+}
