@@ -37,9 +37,9 @@ impl Health {
         self.lock().waiting_for.insert(part, reason.into());
     }
 
-    /// This part is done.
-    pub fn done(&self, part: &'static str) {
-        self.lock().waiting_for.remove(part);
+    /// This part is done; whether it was awaited until now.
+    pub fn done(&self, part: &'static str) -> bool {
+        self.lock().waiting_for.remove(part).is_some()
     }
 
     /// The loop turned.

@@ -1,1 +1,46 @@
-fn main() {}
+//! flags → parts → run → exit code.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use flannel_agent::cli::{self, Command, Parsed, Settings, Stream};
+use flannel_agent::commands;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os(), std::env::vars_os()) {
+        Parsed::PrintAndExit { text, stream, code } => {
+            // Nobody may be listening; the code says it all the same.
+            let _ = match stream {
+                Stream::Stdout => std::io::stdout().write_all(text.as_bytes()),
+                Stream::Stderr => std::io::stderr().write_all(text.as_bytes()),
+            };
+            ExitCode::from(code)
+        }
+        Parsed::Command(Command::Status(command)) => on_runtime(commands::status::run(&command)),
+        Parsed::Daemon(settings) => {
+            log_to_stderr(&settings);
+            // One provider for the whole process; a second call would only say that it is there.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            on_runtime(commands::daemon::run(*settings))
+        }
+    }
+}
+
+/// `RUST_LOG` goes before `-v`.
+fn log_to_stderr(settings: &Settings) {
+    let level = settings.verbosity.level();
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new(format!("warn,flannel_agent={level}")));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}
+
+fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
+    match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime.block_on(work),
+        Err(error) => {
+            eprintln!("flannel-agent: can't start its threads: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

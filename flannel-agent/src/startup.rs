@@ -1,1 +1,143 @@
-//! The steps before the loop.
+//! The steps before the loop that wait for the store: the network's configuration, then our lease.
+//!
+//! A store that is away, or holds no usable configuration yet, is waited for; the log has one line per change of
+//! state, `/readyz` says what is awaited at any time. What can't get better by itself ends the start.
+
+use std::time::Duration;
+
+use rand::Rng as _;
+
+use crate::domain::config::NetworkConfig;
+use crate::domain::lease::Lease;
+use crate::health::Health;
+use crate::stores::{LeaseRequest, LeaseStore, StoreError};
+
+/// How often the store is asked again, as flanneld does (contract §10.1).
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Waits until there is a configuration that can be used, and returns it.
+///
+/// # Errors
+/// The store refuses us: credentials, certificates, permissions.
+pub async fn wait_for_config(store: &dyn LeaseStore, health: &Health) -> Result<NetworkConfig, StoreError> {
+    let mut waiting = Waiting::new("config", health);
+    loop {
+        let reason = match store.network_config().await {
+            Ok(text) => match NetworkConfig::parse(&text)
+                // Every store so far leases IPv4 subnets (contract T17).
+                .and_then(|config| config.require_ipv4().map(drop).map(|()| config))
+            {
+                Ok(config) => {
+                    waiting.over();
+                    return Ok(config);
+                }
+                Err(error) => format!("the network configuration can't be used: {error}"),
+            },
+            Err(refused @ StoreError::Refused { .. }) => return Err(refused),
+            Err(error) => error.to_string(),
+        };
+        waiting.still(reason);
+        pause().await;
+    }
+}
+
+/// Waits until we hold a lease.
+///
+/// # Errors
+/// No subnet is free, or the store refuses us.
+pub async fn take_lease(
+    store: &dyn LeaseStore,
+    request: &LeaseRequest,
+    health: &Health,
+) -> Result<Lease, StoreError> {
+    let mut waiting = Waiting::new("lease", health);
+    loop {
+        match store.acquire(request).await {
+            Ok(lease) => {
+                waiting.over();
+                return Ok(lease);
+            }
+            Err(error @ StoreError::Unreachable { .. }) => waiting.still(error.to_string()),
+            Err(error) => return Err(error),
+        }
+        pause().await;
+    }
+}
+
+async fn pause() {
+    let jitter = rand::rng().random_range(0..=200);
+    tokio::time::sleep(PAUSE + Duration::from_millis(jitter)).await;
+}
+
+/// Says once what is awaited, and once that it came.
+struct Waiting<'a> {
+    part: &'static str,
+    health: &'a Health,
+    said: Option<String>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(part: &'static str, health: &'a Health) -> Self {
+        health.wait(part, format!("no {part} yet"));
+        Self { part, health, said: None }
+    }
+
+    fn still(&mut self, reason: String) {
+        if self.said.as_ref() != Some(&reason) {
+            tracing::warn!("waiting for the {}: {reason}", self.part);
+            self.health.wait(self.part, reason.clone());
+            self.said = Some(reason);
+        }
+    }
+
+    fn over(&mut self) {
+        if self.said.take().is_some() {
+            tracing::info!("the {} is there", self.part);
+        }
+        self.health.done(self.part);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::lease::LeaseAttrs;
+    use crate::stores::memory::MemoryStore;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unusable_configuration_is_waited_out() {
+        let store = MemoryStore::new(r#"{"Network":"10.1.0.0/29"}"#);
+        let health = Health::default();
+        let waiting = wait_for_config(&store, &health);
+        let edit = async {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let reasons = health.reasons();
+            assert!(reasons.iter().any(|reason| reason.contains("Network")), "{reasons:?}");
+            store.set_config(r#"{"Network":"10.1.0.0/16"}"#);
+        };
+        let (config, ()) = tokio::join!(waiting, edit);
+        assert!(config.is_ok());
+        assert!(health.reasons().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_is_away_is_waited_for() {
+        let store = MemoryStore::new(r#"{"Network":"10.1.0.0/16"}"#);
+        let health = Health::default();
+        let config = wait_for_config(&store, &health).await.unwrap();
+        store.cut();
+        let request = LeaseRequest {
+            config,
+            attrs: LeaseAttrs::new("192.0.2.1".parse().unwrap()),
+            previous: None,
+            previous_only: false,
+        };
+        let back = async {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            assert_eq!(health.reasons().len(), 1);
+            store.mend();
+        };
+        let (lease, ()) = tokio::join!(take_lease(&store, &request, &health), back);
+        assert!(lease.is_ok());
+    }
+}

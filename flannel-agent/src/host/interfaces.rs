@@ -5,8 +5,8 @@
 use std::net::IpAddr;
 
 use super::HostError;
-use super::netlink::{AddressEntry, LinkInfo, Netlink, RouteEntry, RouteLookup};
-use crate::domain::interface::{Interface, InterfaceAddress};
+use super::netlink::{AddressEntry, LinkInfo, Netlink, RouteEntry};
+use crate::domain::interface::{Interface, InterfaceAddress, RouteLookup};
 
 /// An IP version, where the question is the same for both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,8 @@ pub async fn default_route(netlink: &Netlink, family: Family) -> Result<Option<u
 /// # Errors
 /// No route leads there.
 pub async fn reach(netlink: &Netlink, to: IpAddr) -> Result<RouteLookup, HostError> {
-    netlink.route_to(to).await
+    let found = netlink.route_to(to).await?;
+    Ok(RouteLookup { index: found.ifindex, source: found.source })
 }
 
 fn join(links: Vec<LinkInfo>, addresses: &[AddressEntry]) -> Vec<Interface> {

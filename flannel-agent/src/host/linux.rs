@@ -72,11 +72,6 @@ impl LinuxHost {
         &self.netlink
     }
 
-    /// What each tunnel does and has counted.
-    pub fn reports(&self) -> Vec<TunnelReport> {
-        self.tunnels.reports()
-    }
-
     /// Changes of one kind in one direction.
     async fn apply_run(&mut self, run: &[Change]) -> Vec<Result<(), HostError>> {
         let Some(first) = run.first() else { return Vec::new() };
@@ -225,6 +220,10 @@ impl LinuxHost {
 
 #[async_trait]
 impl Host for LinuxHost {
+    fn reports(&self) -> Vec<TunnelReport> {
+        self.tunnels.reports()
+    }
+
     async fn observe(&mut self) -> Result<HostState, HostError> {
         let links = self.netlink.links().await?;
         let addresses = self.netlink.addresses().await?;

@@ -13,6 +13,7 @@ pub mod udp;
 
 use async_trait::async_trait;
 
+use self::udp::TunnelReport;
 use crate::domain::host_state::{Change, HostState};
 
 /// A host whose state can be read and changed.
@@ -27,6 +28,11 @@ pub trait Host: Send {
 
     /// Returns when someone may have touched what is ours. Cancel-safe.
     async fn disturbed(&mut self);
+
+    /// What each tunnel does and has counted; nothing where there are none.
+    fn reports(&self) -> Vec<TunnelReport> {
+        Vec::new()
+    }
 }
 
 /// What was being done to which thing, and why it failed.

@@ -166,6 +166,15 @@ impl NetworkConfig {
 }
 
 impl BackendConfig {
+    /// The backend's name, as `Backend.Type` spells it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Udp { .. } => "udp",
+            Self::HostGw => "host-gw",
+            Self::Alloc => "alloc",
+        }
+    }
+
     /// No `Backend` at all is udp, in every release and whatever flannel's documentation says (contract §14, T1).
     fn parse(config: &Object, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
         const TYPE: &str = "Backend.Type";

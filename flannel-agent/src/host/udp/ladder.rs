@@ -14,17 +14,17 @@
 //! ingress takes both marked and unmarked packets; so the tc part is there first and goes last.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aya::util::KernelVersion;
 use flannel_common::counter::Counter;
 use flannel_common::tunnel::{
     FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::errno::Refusal;
-use super::ethtool::{Feature, Switch};
+use super::ethtool::{Ethtool, Feature, Switch};
 use super::gro_pair::{self, GroPair};
 use super::maps::{Maps, to_wire};
 use super::programs::{
@@ -37,7 +37,7 @@ use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink};
 
 /// Who carries packets. The order is the ladder's, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Tier {
     #[serde(rename = "xdp")]
     Xdp,
@@ -110,10 +110,15 @@ pub(super) async fn climb(ground: &Ground<'_>, slot: &mut Option<KernelPath>) ->
     let wish = wish_for_xdp(ground, &pins);
     let mut pair = gro_pair::find(netlink, &tunnel.device, tunnel.mtu).await.ok();
     let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
+    let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
     let path = load(ground, &pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
-    path.attach_tc()?;
+    patiently(leftovers, || path.attach_tc()).await?;
+    let xdp = match wish {
+        Ok(()) => patiently(leftovers, || path.attach_xdp()).await.map_err(|e| refused(&tunnel.underlay, &e)),
+        Err(why) => Err(why),
+    };
 
-    match wish.and_then(|()| path.attach_xdp()) {
+    match xdp {
         Ok(()) if probing => {
             let reason = format!("until traffic proves that XDP's marks arrive on {}", tunnel.underlay);
             tune(ground, path, &[(Feature::Gro, Switch::On)]);
@@ -148,6 +153,35 @@ pub(super) async fn climb(ground: &Ground<'_>, slot: &mut Option<KernelPath>) ->
                 Err(why) => Rung { tier: Tier::Tc, reason: why },
             })
         }
+    }
+}
+
+/// How long a link whose pin somebody removed may still hold its place (an RCU grace period, and some).
+const LEFTOVERS: Duration = Duration::from_millis(300);
+
+/// Tries again while the place is taken, but not longer than `limit`.
+async fn patiently(limit: Duration, mut attach: impl FnMut() -> Result<(), Refusal>) -> Result<(), Refusal> {
+    let start = Instant::now();
+    loop {
+        match attach() {
+            Err(e) if is_taken(&e) && start.elapsed() < limit => tokio::time::sleep(limit / 10).await,
+            result => return result,
+        }
+    }
+}
+
+fn is_taken(refusal: &Refusal) -> bool {
+    matches!(refusal.errno, Some(libc::EBUSY | libc::EEXIST))
+}
+
+/// Why native XDP is not used, in words.
+fn refused(underlay: &str, refusal: &Refusal) -> String {
+    if is_taken(refusal) {
+        format!("another XDP program is on {underlay}: {}", refusal.reason())
+    } else {
+        let driver = Ethtool::open().and_then(|ethtool| ethtool.driver(underlay));
+        let driver = driver.map_or_else(|_| String::new(), |driver| format!(" (driver {driver})"));
+        format!("{underlay}{driver} refused native XDP: {}", refusal.reason())
     }
 }
 
@@ -295,20 +329,13 @@ impl KernelPath {
         Ok(())
     }
 
-    /// Why not, in words.
-    fn attach_xdp(&mut self) -> Result<(), String> {
+    fn attach_xdp(&mut self) -> Result<(), Refusal> {
         let (device, ifindex) = (self.underlay.0.clone(), self.underlay.1);
         let adoption = match inspect::pinned_link(&self.pins.link(LinkPin::Xdp)) {
             Ok(Some(link)) if link.ifindex == ifindex => Adoption::TakenOver,
             _ => Adoption::Fresh,
         };
-        let program = self.programs.attach_xdp(&device, ifindex, &self.pins).map_err(|refusal| {
-            if matches!(refusal.errno, Some(libc::EBUSY | libc::EEXIST)) {
-                format!("another XDP program is on {device}: {}", refusal.reason())
-            } else {
-                format!("{device} refused native XDP: {}", refusal.reason())
-            }
-        })?;
+        let program = self.programs.attach_xdp(&device, ifindex, &self.pins)?;
         let proof = match self.xdp.take() {
             Some(xdp) if adoption == Adoption::TakenOver => xdp.proof,
             _ => Proof::begin(self.seen(), adoption),
@@ -317,10 +344,10 @@ impl KernelPath {
         Ok(())
     }
 
-    fn attach_all(&mut self) -> Result<(), HostError> {
+    fn attach_all(&mut self) -> Result<(), Refusal> {
         self.attach_tc()?;
         if self.xdp.is_some() {
-            self.attach_xdp().map_err(|why| HostError::new("replace the XDP program", why))?;
+            self.attach_xdp()?;
         }
         Ok(())
     }
@@ -451,12 +478,25 @@ pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) 
         (INGRESS, &tunnel.underlay, Side::Ingress, LinkPin::Ingress),
     ];
     for (name, device, side, pin) in hooks {
-        if let Ok(ifindex) = nix::net::if_::if_nametoindex(device.as_str()) {
-            let hook = Hook { device, ifindex, side, pin };
-            result = result.and(programs::detach_clsact(name, &hook).map_err(HostError::from));
-        }
+        result = result.and(leave_clsact(name, device, side, pin).map_err(HostError::from));
     }
     underlay::restore(&pins);
     result = result.and(pins.remove_all().map_err(HostError::from));
     result.and(gro_pair::remove(netlink, &tunnel.device).await)
+}
+
+/// Takes what is not a link, and so did not move along, off the former underlay.
+///
+/// # Errors
+/// Missing permission.
+pub(super) fn leave_underlay(device: &str) -> Result<(), Refusal> {
+    leave_clsact(INGRESS, device, Side::Ingress, LinkPin::Ingress)
+}
+
+/// A device that is gone took its filters with it.
+fn leave_clsact(name: &'static str, device: &str, side: Side, pin: LinkPin) -> Result<(), Refusal> {
+    match nix::net::if_::if_nametoindex(device) {
+        Ok(ifindex) => programs::detach_clsact(name, &Hook { device, ifindex, side, pin }),
+        Err(_) => Ok(()),
+    }
 }

@@ -77,13 +77,15 @@ impl Tunnels {
     /// The device or the underlay is missing, the port is taken, or `--udp-datapath` names a tier that does not work
     /// here. What ran before still runs; what did not leaves nothing behind.
     pub async fn put(&mut self, tunnel: &Tunnel) -> Result<(), HostError> {
-        let mut running = self.tunnels.remove(&tunnel.device).unwrap_or_else(|| Running::new(tunnel.clone()));
-        let keep = running.is_up() || running::has_pins(&self.bpffs, tunnel);
-        let result = running.bring_up(&self.netlink, &self.bpffs, tunnel).await;
-        if result.is_ok() || running.is_up() {
-            self.tunnels.insert(tunnel.device.clone(), running);
-        } else if !keep && let Err(e) = ladder::tear_down(&self.netlink, &self.bpffs, tunnel).await {
-            tracing::warn!("cleaning up after a tunnel that did not come up: {e}");
+        let Self { netlink, bpffs, tunnels, .. } = self;
+        let running = tunnels.entry(tunnel.device.clone()).or_insert_with(|| Running::new(tunnel.clone()));
+        let keep = running.is_up() || running::has_pins(bpffs, tunnel);
+        let result = running.bring_up(netlink, bpffs, tunnel).await;
+        if !running.is_up() {
+            tunnels.remove(&tunnel.device);
+            if !keep && let Err(e) = ladder::tear_down(netlink, bpffs, tunnel).await {
+                tracing::warn!("cleaning up after a tunnel that did not come up: {e}");
+            }
         }
         result
     }
@@ -104,22 +106,27 @@ impl Tunnels {
             peers.iter().map(|peer| peer.node).collect::<BTreeSet<_>>().into_iter().collect();
         let hops: BTreeMap<Ipv4Addr, Result<NextHop, HostError>> =
             nodes.iter().copied().zip(self.netlink.next_hops(&nodes).await).collect();
-        self.for_each(peers, "put", |running, peer| match hops.get(&peer.node) {
+        let put = |running: &mut Running, peer: &TunnelPeer| match hops.get(&peer.node) {
             Some(hop) => running.put_peer(peer, hop),
             None => Err(HostError::new(format!("look up the route to {}", peer.node), "no answer")),
-        })
+        };
+        let not_up = |peer: &TunnelPeer| {
+            let reason = format!("the tunnel on {} is not up", peer.device);
+            Err(HostError::new(format!("put {}", HostItem::TunnelPeer(peer.clone())), reason))
+        };
+        self.for_each(peers, put, not_up)
     }
 
-    /// Removes peers; one result per peer, gone already is a success.
+    /// Removes peers; one result per peer. Gone already, alone or with its tunnel, is a success.
     pub async fn remove_peers(&mut self, peers: &[TunnelPeer]) -> Vec<Result<(), HostError>> {
-        self.for_each(peers, "remove", Running::remove_peer)
+        self.for_each(peers, Running::remove_peer, |_| Ok(()))
     }
 
     fn for_each(
         &mut self,
         peers: &[TunnelPeer],
-        verb: &str,
         change: impl Fn(&mut Running, &TunnelPeer) -> Result<(), HostError>,
+        without_tunnel: impl Fn(&TunnelPeer) -> Result<(), HostError>,
     ) -> Vec<Result<(), HostError>> {
         let mut touched = BTreeSet::new();
         let results = peers
@@ -129,12 +136,7 @@ impl Tunnels {
                     touched.insert(peer.device.as_str());
                     change(running, peer)
                 }
-                // Its peers went with the tunnel.
-                None if verb == "remove" => Ok(()),
-                None => Err(HostError::new(
-                    format!("{verb} {}", HostItem::TunnelPeer(peer.clone())),
-                    format!("the tunnel on {} is not up", peer.device),
-                )),
+                None => without_tunnel(peer),
             })
             .collect();
         for device in touched {

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::ladder::Tier;
 
 /// One tunnel at one moment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelReport {
     pub device: String,
     pub underlay: String,
@@ -17,20 +17,20 @@ pub struct TunnelReport {
     /// Why this tier, in one line.
     pub reason: String,
     /// By [`Counter::name`](flannel_common::counter::Counter::name); those that are zero too.
-    pub counters: BTreeMap<&'static str, Tally>,
+    pub counters: BTreeMap<String, Tally>,
     /// By subnet.
     pub peers: Vec<PeerReport>,
 }
 
 /// Packets, and bytes of inner packets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     pub packets: u64,
     pub bytes: u64,
 }
 
 /// One remote node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerReport {
     pub subnet: Ipv4Net,
     pub node: Ipv4Addr,

@@ -113,6 +113,9 @@ impl Running {
         if self.rung.as_ref() != Some(&rung) {
             tracing::info!("udp datapath {} on {}: {}", rung.tier.name(), tunnel.underlay, rung.reason);
         }
+        if self.tunnel.underlay != tunnel.underlay {
+            ladder::leave_underlay(&self.tunnel.underlay)?;
+        }
         self.tunnel = tunnel.clone();
         self.rung = Some(rung);
         self.complaint = None;
@@ -240,7 +243,12 @@ impl Running {
             }
             match health {
                 Ok(()) => items.push(HostItem::Tunnel(self.tunnel.clone())),
-                Err(reason) => tracing::info!("tunnel on {} needs repair: {reason}", self.tunnel.device),
+                Err(reason) => {
+                    if self.complaint.as_ref() != Some(&reason) {
+                        tracing::info!("tunnel on {} needs repair: {reason}", self.tunnel.device);
+                    }
+                    self.complaint = Some(reason);
+                }
             }
         }
         let entries = match &self.kernel {
@@ -289,6 +297,9 @@ impl Running {
     pub(super) fn has_news(&mut self) -> bool {
         let complaint = self.look().err();
         let news = complaint.is_some() && complaint != self.complaint;
+        if let Some(reason) = complaint.as_ref().filter(|_| news) {
+            tracing::info!("tunnel on {} needs repair: {reason}", self.tunnel.device);
+        }
         self.complaint = complaint;
         news | std::mem::take(&mut self.adopted)
     }
@@ -305,7 +316,7 @@ impl Running {
             let (a, b) = (of(in_kernel.as_ref()), of(user.as_ref().map(|user| &user.counts)));
             let tally =
                 Tally { packets: a.packets.wrapping_add(b.packets), bytes: a.bytes.wrapping_add(b.bytes) };
-            counters.insert(counter.name(), tally);
+            counters.insert(counter.name().to_owned(), tally);
         }
         let entries = self.kernel.as_ref().and_then(|kernel| kernel.maps.entries().ok()).unwrap_or_default();
         let peers = self

@@ -1,5 +1,5 @@
-//! Questions to bpf(2) that aya does not ask: which interface a pinned link hangs on, and which programs run at a tcx
-//! hook in which order. Read-only; nothing here changes what is attached.
+//! What aya does not ask of bpf(2): which interface a pinned link hangs on, which programs run at a tcx hook in which
+//! order, and to detach a link at once.
 //!
 //! aya's `SchedClassifier::query_tcx` opens every program by its id, which needs CAP_SYS_ADMIN; ids alone don't.
 
@@ -13,6 +13,7 @@ use std::path::Path;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
+const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_TYPE_XDP: u32 = 6;
 const BPF_LINK_TYPE_TCX: u32 = 11;
 
@@ -83,18 +84,37 @@ struct QueryAttr {
     revision: u64,
 }
 
-/// The link pinned at `path`; `None` when nothing is.
-pub fn pinned_link(path: &Path) -> io::Result<Option<LinkState>> {
+/// `union bpf_attr` for BPF_LINK_DETACH
+#[repr(C)]
+struct DetachAttr {
+    fd: u32,
+}
+
+/// The object pinned at `path`; `None` when nothing is.
+fn open(path: &Path) -> io::Result<Option<OwnedFd>> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = ObjectAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the attribute points to a string that outlives the call.
-    let fd = match unsafe { bpf(BPF_OBJ_GET, &mut attr) } {
-        Ok(fd) => fd,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
-    };
-    // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    match unsafe { bpf(BPF_OBJ_GET, &mut attr) } {
+        // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+        Ok(fd) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Detaches the link pinned at `path` before returning. The kernel lets go of a link whose file is removed only after
+/// an RCU grace period, and until then its place is taken. Nothing pinned there is a success.
+pub fn detach(path: &Path) -> io::Result<()> {
+    let Some(fd) = open(path)? else { return Ok(()) };
+    let mut attr = DetachAttr { fd: fd.as_raw_fd().cast_unsigned() };
+    // SAFETY: the attribute names an open descriptor and no memory.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// The link pinned at `path`; `None` when nothing is.
+pub fn pinned_link(path: &Path) -> io::Result<Option<LinkState>> {
+    let Some(fd) = open(path)? else { return Ok(None) };
     let mut info = LinkInfo::default();
     let mut attr = InfoAttr {
         fd: fd.as_raw_fd().cast_unsigned(),

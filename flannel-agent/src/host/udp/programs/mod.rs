@@ -378,7 +378,7 @@ fn adopt(pin: &Path, kind: LinkKind, ifindex: u32, program: u32) -> Result<Adopt
         }
         Some(other) => {
             tracing::info!("letting go of {}: {}", pin.display(), misplaced(&other, kind, ifindex));
-            std::fs::remove_file(pin).map_err(AdoptError::Io)?;
+            pins::drop_link(pin).map_err(AdoptError::Io)?;
             Ok(Adopted::Nothing)
         }
     }

@@ -16,6 +16,7 @@ use flannel_common::LAYOUT_VERSION;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::inspect;
 use crate::host::udp::errno::{Refusal, describe, describe_io};
 use crate::host::udp::ethtool::{Feature, Switch};
 
@@ -107,18 +108,13 @@ impl PinFolder {
         self.current.join(name)
     }
 
-    /// Lets go of a link: the program is detached unless someone else holds it too. Gone already is a success.
+    /// Detaches a link and removes its pin. Gone already is a success.
     ///
     /// # Errors
     /// Missing permission.
     pub fn remove_link(&self, link: LinkPin) -> Result<(), Refusal> {
         let path = self.link(link);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Refusal::from_io(format!("remove the pin {}", path.display()), &e))
-            }
-            _ => Ok(()),
-        }
+        drop_link(&path).map_err(|e| Refusal::from_io(format!("remove the pin {}", path.display()), &e))
     }
 
     /// Links first, then everything else, of every layout version, then the folders. Gone already is a success.
@@ -131,7 +127,7 @@ impl PinFolder {
         for version in names_in(&self.device) {
             let folder = self.device.join(version);
             for name in names_in(&folder).iter().filter(|name| name.starts_with(LINK_PREFIX)) {
-                ignore_missing(fs::remove_file(folder.join(name))).map_err(failed)?;
+                drop_link(&folder.join(name)).map_err(failed)?;
             }
         }
         ignore_missing(remove_tree(&self.device)).map_err(failed)?;
@@ -205,11 +201,14 @@ impl PinFolder {
 /// # Errors
 /// What to mount where, when the agent may not do it itself.
 pub fn ensure_bpffs(path: &Path) -> Result<(), Refusal> {
+    let doing = || format!("mount a bpffs on {}", path.display());
+    if !path.is_dir() {
+        fs::create_dir_all(path).map_err(|e| Refusal::new(doing(), describe_io(&e)))?;
+    }
+    // A folder of a bpffs is one too.
     if is_bpffs(path) {
         return Ok(());
     }
-    let doing = || format!("mount a bpffs on {}", path.display());
-    fs::create_dir_all(path).map_err(|e| Refusal::new(doing(), describe_io(&e)))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700")).map_err(|e| {
         let by_hand = format!("mount -t bpf bpf {}", path.display());
@@ -256,6 +255,14 @@ fn remove_tree(folder: &Path) -> io::Result<()> {
         }
     }
     fs::remove_dir(folder)
+}
+
+/// Detached at once where it is a link; then the file goes.
+pub(super) fn drop_link(path: &Path) -> io::Result<()> {
+    if let Err(e) = inspect::detach(path) {
+        tracing::debug!("detaching {}: {e}; the kernel does so when its file is removed", path.display());
+    }
+    ignore_missing(fs::remove_file(path))
 }
 
 fn ignore_missing(result: io::Result<()>) -> io::Result<()> {

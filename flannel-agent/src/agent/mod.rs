@@ -1,0 +1,410 @@
+//! The loop: leases come in, the backend says what the host should look like, and the agent makes it so.
+//!
+//! One task owns all state. Every arm of the loop ends in the same step, [`Agent::reconcile`]: compare what is
+//! applied with what is wanted and make the difference. That a device was deleted, a route flushed, a peer came or
+//! the predecessor crashed are all the same to it.
+//!
+//! What succeeded is recorded, not what was asked; what failed is tried again with back-off and never holds up the
+//! rest. Nothing is removed before the store's first snapshot: an empty list of peers means nothing until then.
+
+mod retries;
+mod tenure;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::{FutureExt as _, StreamExt as _};
+use rand::Rng as _;
+use tokio::sync::mpsc;
+use tokio::time::{Instant as TokioInstant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use self::retries::Retries;
+use self::tenure::{Tenure, Turn};
+use crate::backends::Backend;
+use crate::domain::config::NetworkConfig;
+use crate::domain::host_state::{Change, HostItem, HostState};
+use crate::domain::interface::ExternalInterface;
+use crate::domain::lease::{Lease, LeaseEvent, Subnets};
+use crate::domain::peers::{Changed, OwnLease, Peers};
+use crate::health::Health;
+use crate::host::Host;
+use crate::status::{InterfaceStatus, PeerStatus, Question, RefusedStatus, Status};
+use crate::stores::LeaseStore;
+use crate::subnet_env::SubnetEnv;
+
+/// Without any sign of damage the host is looked at this often, give or take a fifth.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// How long the first pass waits for the store's first word.
+const FIRST_WORD: Duration = Duration::from_secs(2);
+
+/// What a node has before its loop starts.
+pub struct Node {
+    pub config: NetworkConfig,
+    pub interface: ExternalInterface,
+    pub backend: Box<dyn Backend>,
+    pub store: Arc<dyn LeaseStore>,
+    pub lease: Lease,
+}
+
+/// What the operator chose about the loop.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// Where subnet.env goes.
+    pub subnet_file: PathBuf,
+    /// The lease is renewed this long before it ends.
+    pub renew_margin: Duration,
+}
+
+/// Why the loop ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was told to. The host is left as it is.
+    Stopped,
+    /// Our subnet belongs to another node, or to nobody we can take it back from.
+    LeaseLost(String),
+}
+
+/// The only owner of state.
+pub struct Agent<H> {
+    node: Node,
+    host: H,
+    options: AgentOptions,
+    health: Health,
+    peers: Peers,
+    tenure: Tenure,
+    /// What is known to be on the host; `None` until it could be read.
+    applied: Option<HostState>,
+    retries: Retries,
+    /// subnet.env is written and systemd told.
+    published: bool,
+    refused: BTreeSet<String>,
+}
+
+impl<H: Host> Agent<H> {
+    pub fn new(node: Node, host: H, options: AgentOptions, health: Health) -> Self {
+        let peers = no_peers(&node);
+        let tenure = Tenure::new(node.store.clone(), options.renew_margin);
+        health.wait("watch", "the other nodes' leases are not known yet");
+        health.wait("host", "the host is not set up yet");
+        health.wait("subnet.env", "subnet.env is not written yet");
+        Self {
+            node,
+            host,
+            options,
+            health,
+            peers,
+            tenure,
+            applied: None,
+            retries: Retries::default(),
+            published: false,
+            refused: BTreeSet::new(),
+        }
+    }
+
+    /// Runs until `stop` or until the lease is lost for good. `questions` are answered in between.
+    pub async fn run(mut self, stop: CancellationToken, mut questions: mpsc::Receiver<Question>) -> End {
+        let mut events = self.node.store.watch();
+        self.look().await;
+        // Usually a matter of milliseconds, and it spares a pass with half the truth.
+        tokio::select! {
+            () = stop.cancelled() => return End::Stopped,
+            () = tokio::time::sleep(FIRST_WORD) => {}
+            event = events.next() => if let Some(event) = event { self.fold(event) },
+        }
+        self.tenure.begin(&self.node.lease, Instant::now());
+        let mut next_look = after(jittered(LOOK_AGAIN));
+        let mut heartbeat = tokio::time::interval(Duration::from_secs(1));
+        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            while let Some(Some(event)) = events.next().now_or_never() {
+                self.fold(event);
+            }
+            self.reconcile().await;
+            self.health.turn(Instant::now());
+            tokio::select! {
+                () = stop.cancelled() => return End::Stopped,
+                event = events.next() => if let Some(event) = event { self.fold(event) },
+                () = self.host.disturbed() => {
+                    tracing::debug!("something of ours may have been touched, looking");
+                    self.look().await;
+                }
+                () = sleep_until(next_look) => {
+                    self.look().await;
+                    next_look = after(jittered(LOOK_AGAIN));
+                }
+                () = self.retries.due() => {
+                    if self.applied.is_none() {
+                        self.look().await;
+                    }
+                }
+                turn = self.tenure.turn() => match self.tenure.take(turn, &self.node, Instant::now()) {
+                    Turn::Holds(lease) => {
+                        self.node.lease = *lease;
+                        self.health.done("lease");
+                    }
+                    Turn::Waits(reason) => self.health.wait("lease", reason),
+                    Turn::Lost(reason) => return End::LeaseLost(reason),
+                },
+                question = questions.recv() => if let Some(question) = question {
+                    // An asker that went away is not our trouble.
+                    let _ = question.send(self.status());
+                },
+                _ = heartbeat.tick() => {}
+            }
+        }
+    }
+
+    /// Takes news of the store over.
+    fn fold(&mut self, event: LeaseEvent) {
+        match &event {
+            LeaseEvent::Interrupted(reason) => {
+                tracing::warn!("the watch of leases is interrupted, traffic flows on with the peers known: {reason}");
+                self.health.wait("watch", format!("the other nodes' leases may be out of date: {reason}"));
+            }
+            LeaseEvent::Snapshot(leases, _) => {
+                if self.health.done("watch") {
+                    tracing::info!(leases = leases.len(), "the other nodes' leases are known");
+                }
+            }
+            LeaseEvent::Added(_) | LeaseEvent::Removed(_) | LeaseEvent::Unreadable(_) => {}
+        }
+        let before = self.peers.len();
+        let folded = self.peers.fold(event);
+        if folded.peers == Changed::Yes && self.peers.len() != before {
+            tracing::info!(peers = self.peers.len(), before, "peers changed");
+        }
+        match folded.own {
+            Some(OwnLease::Changed(lease)) if lease.revision >= self.node.lease.revision => {
+                self.node.lease = lease;
+                self.tenure.begin(&self.node.lease, Instant::now());
+                self.health.done("lease");
+            }
+            Some(OwnLease::Changed(_)) | None => {}
+            Some(OwnLease::Gone) => {
+                tracing::warn!(lease = %self.node.lease.subnets, "our lease is gone, taking it again");
+                self.health.wait("lease", "our lease is gone and is being taken again");
+                self.tenure.retake(&self.node);
+            }
+        }
+        self.report_refusals();
+    }
+
+    /// Each refused or unreadable entry is said once.
+    fn report_refusals(&mut self) {
+        let now: BTreeSet<String> = self
+            .peers
+            .refused()
+            .map(|refused| refused.to_string())
+            .chain(self.peers.unreadable().map(|entry| format!("entry {entry}")))
+            .collect();
+        for text in now.difference(&self.refused) {
+            tracing::warn!("{text}");
+        }
+        self.refused = now;
+    }
+
+    /// Reads what is on the host.
+    async fn look(&mut self) {
+        match self.host.observe().await {
+            Ok(state) => {
+                self.applied = Some(state);
+                self.retries.looked();
+            }
+            Err(error) => {
+                if self.retries.could_not_look(Instant::now()) {
+                    tracing::error!("the host can't be read, trying again: {error}");
+                }
+                self.health.wait("host", error.to_string());
+            }
+        }
+    }
+
+    /// Makes the host look as it should, as far as it can be done now.
+    async fn reconcile(&mut self) {
+        // A tunnel that was just put may have taken over the map of a former run, with peers that are gone:
+        // look once more and compare again. Two rounds are enough, what is left comes with the next pass.
+        for _ in 0..2 {
+            let Some(applied) = self.applied.as_mut() else { return };
+            let wanted = self.node.backend.desired(&self.node.lease, &self.peers);
+            let now = Instant::now();
+            let mut changes = applied.changes_to(&wanted);
+            let outstanding = changes.len();
+            self.retries.forget_all_but(&changes);
+            changes.retain(|change| {
+                (self.peers.is_known() || matches!(change, Change::Put(_)))
+                    && !self.retries.holds_back(&change.item().key(), now)
+            });
+            if changes.is_empty() {
+                self.settle(outstanding);
+                return;
+            }
+            let results = self.host.apply(&changes).await;
+            let mut taken_over = false;
+            for (change, result) in changes.iter().zip(results) {
+                let key = change.item().key();
+                match result {
+                    Ok(()) => {
+                        if self.retries.succeeded(&key) {
+                            tracing::info!("{change}: done after all");
+                        } else {
+                            tracing::debug!("{change}");
+                        }
+                        applied.record(change);
+                        taken_over |= matches!(change, Change::Put(HostItem::Tunnel(_)));
+                    }
+                    Err(error) => {
+                        if self.retries.failed(key, &error.to_string(), now) {
+                            tracing::error!("{change} failed and will be tried again: {error}");
+                        }
+                    }
+                }
+            }
+            if taken_over {
+                self.look().await;
+            } else {
+                let outstanding = self.applied.as_ref().map_or(0, |applied| applied.changes_to(&wanted).len());
+                self.settle(outstanding);
+                return;
+            }
+        }
+        self.retries.soon(Instant::now());
+    }
+
+    /// Says how far the host is from what is wanted, and publishes the subnet once its own part is in place.
+    fn settle(&mut self, outstanding: usize) {
+        if outstanding == 0 {
+            if self.health.done("host") {
+                tracing::info!(peers = self.peers.len(), "the host looks as it should");
+            }
+        } else if self.peers.is_known() {
+            let reason = self.retries.latest().unwrap_or("they are being made");
+            self.health.wait("host", format!("{outstanding} changes of the host are outstanding: {reason}"));
+        }
+        self.publish();
+    }
+
+    /// Writes subnet.env and tells systemd, once, when everything but the peers is in place.
+    fn publish(&mut self) {
+        if self.published {
+            return;
+        }
+        let Some(applied) = &self.applied else { return };
+        let own_part = self.node.backend.desired(&self.node.lease, &no_peers(&self.node));
+        if !own_part.iter().all(|item| applied.contains(item)) {
+            return;
+        }
+        let env = SubnetEnv {
+            networks: Subnets {
+                v4: self.node.config.v4.map(|range| range.network),
+                v6: self.node.config.v6.map(|range| range.network),
+            },
+            subnets: self.node.lease.subnets,
+            mtu: self.node.backend.mtu(),
+            ip_masq: false,
+        };
+        match env.write(&self.options.subnet_file) {
+            Ok(()) => {
+                self.published = true;
+                self.health.done("subnet.env");
+                tracing::info!(
+                    "ready: {} leased, {} written",
+                    self.node.lease.subnets,
+                    self.options.subnet_file.display()
+                );
+                if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                    tracing::warn!("can't tell systemd that we are ready: {error}");
+                }
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if self.retries.could_not_publish(&text, Instant::now()) {
+                    tracing::error!("{text}");
+                }
+                self.health.wait("subnet.env", text);
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let Node { config, interface, lease, .. } = &self.node;
+        let not_ready = self.health.reasons();
+        let subnet = match (lease.subnets.v4, lease.subnets.v6) {
+            (Some(v4), _) => v4.to_string(),
+            (None, Some(v6)) => v6.to_string(),
+            (None, None) => String::new(),
+        };
+        let v4 = config.v4.map(|range| range.network.to_string());
+        let v6 = config.v6.map(|range| range.network.to_string());
+        Status {
+            version: crate::cli::VERSION.to_owned(),
+            pid: std::process::id(),
+            interface: InterfaceStatus {
+                name: interface.name.clone(),
+                address: interface.address.into(),
+                public_ip: interface.public_ip.into(),
+                mtu: interface.mtu,
+            },
+            networks: v4.into_iter().chain(v6).collect(),
+            lease: lease.subnets.to_string(),
+            subnet,
+            lease_expires_in: lease
+                .expires
+                .map(|expires| expires.saturating_duration_since(Instant::now()).as_secs()),
+            backend: config.backend.name().to_owned(),
+            mtu: self.node.backend.mtu(),
+            ready: not_ready.is_empty(),
+            not_ready,
+            peers: self
+                .peers
+                .iter()
+                .map(|peer| PeerStatus {
+                    subnet: peer.subnets.to_string(),
+                    public_ip: match (peer.subnets.v4, peer.attrs.public_ipv6) {
+                        (None, Some(v6)) => v6.into(),
+                        _ => peer.attrs.public_ip.into(),
+                    },
+                })
+                .collect(),
+            refused: self
+                .peers
+                .refused()
+                .map(|refused| RefusedStatus {
+                    key: refused.lease.subnets.to_string(),
+                    reason: refused.reason.to_string(),
+                })
+                .chain(
+                    self.peers
+                        .unreadable()
+                        .map(|entry| RefusedStatus { key: entry.key.clone(), reason: entry.reason.clone() }),
+                )
+                .collect(),
+            tunnels: self.host.reports(),
+        }
+    }
+}
+
+fn no_peers(node: &Node) -> Peers {
+    let interface = &node.interface;
+    let own: Vec<IpAddr> = [IpAddr::from(interface.address), interface.public_ip.into()]
+        .into_iter()
+        .chain(interface.address_v6.map(IpAddr::from))
+        .chain(interface.public_ipv6.map(IpAddr::from))
+        .collect();
+    Peers::new(&node.lease, &node.config, &own)
+}
+
+fn after(wait: Duration) -> TokioInstant {
+    TokioInstant::now() + wait
+}
+
+/// Give or take a fifth, so that nodes that started together drift apart.
+fn jittered(period: Duration) -> Duration {
+    period.mul_f64(rand::rng().random_range(0.8..=1.2))
+}

@@ -1,0 +1,118 @@
+//! What failed on the host, and when it may be tried again.
+//!
+//! Each item backs off by itself: one bad peer neither stops the others nor is hammered. A failure is said when it is
+//! new or its reason changed, not each time it happens again.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep_until;
+
+use crate::domain::host_state::{Change, Key};
+
+const FIRST: Duration = Duration::from_millis(250);
+const LONGEST: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+pub(super) struct Retries {
+    failed: HashMap<Key, Failure>,
+    look: Option<Pause>,
+    publish: Option<(String, Pause)>,
+    soon: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    pause: Pause,
+}
+
+/// A time to wait for, twice as long after each failure.
+#[derive(Clone, Copy, Debug)]
+struct Pause {
+    until: Instant,
+    length: Duration,
+}
+
+impl Pause {
+    fn after(previous: Option<Self>, now: Instant) -> Self {
+        let length = previous.map_or(FIRST, |pause| (pause.length * 2).min(LONGEST));
+        Self { until: now + length, length }
+    }
+}
+
+impl Retries {
+    /// A change failed; whether that is news.
+    pub(super) fn failed(&mut self, key: Key, reason: &str, now: Instant) -> bool {
+        let previous = self.failed.remove(&key);
+        let news = previous.as_ref().is_none_or(|failure| failure.reason != reason);
+        let pause = Pause::after(previous.map(|failure| failure.pause), now);
+        self.failed.insert(key, Failure { reason: reason.to_owned(), pause });
+        news
+    }
+
+    /// A change was made; whether it had failed before.
+    pub(super) fn succeeded(&mut self, key: &Key) -> bool {
+        self.failed.remove(key).is_some()
+    }
+
+    pub(super) fn holds_back(&self, key: &Key, now: Instant) -> bool {
+        self.failed.get(key).is_some_and(|failure| failure.pause.until > now)
+    }
+
+    /// What nobody wants any more need not be tried again. The rest of the due times are gone with this pass.
+    pub(super) fn forget_all_but(&mut self, changes: &[Change]) {
+        self.soon = None;
+        if !self.failed.is_empty() {
+            let wanted: BTreeSet<Key> = changes.iter().map(|change| change.item().key()).collect();
+            self.failed.retain(|key, _| wanted.contains(key));
+        }
+    }
+
+    /// Why the latest failure happened.
+    pub(super) fn latest(&self) -> Option<&str> {
+        let latest = self.failed.values().max_by_key(|failure| failure.pause.until)?;
+        Some(&latest.reason)
+    }
+
+    /// The host could not be read; whether that is news.
+    pub(super) fn could_not_look(&mut self, now: Instant) -> bool {
+        let news = self.look.is_none();
+        self.look = Some(Pause::after(self.look, now));
+        news
+    }
+
+    pub(super) fn looked(&mut self) {
+        self.look = None;
+    }
+
+    /// subnet.env could not be written; whether that is news.
+    pub(super) fn could_not_publish(&mut self, reason: &str, now: Instant) -> bool {
+        let news = self.publish.as_ref().is_none_or(|(said, _)| said != reason);
+        let pause = Pause::after(self.publish.take().map(|(_, pause)| pause), now);
+        self.publish = Some((reason.to_owned(), pause));
+        news
+    }
+
+    /// There is more to do than one pass should.
+    pub(super) fn soon(&mut self, now: Instant) {
+        self.soon = Some(now + FIRST);
+    }
+
+    /// Returns when something may be tried again. Cancel-safe.
+    pub(super) async fn due(&self) {
+        let now = Instant::now();
+        let next = self
+            .failed
+            .values()
+            .map(|failure| failure.pause.until)
+            .chain(self.look.map(|pause| pause.until))
+            .chain(self.publish.as_ref().map(|(_, pause)| pause.until).filter(|until| *until > now))
+            .chain(self.soon)
+            .min();
+        match next {
+            Some(until) => sleep_until(until.into()).await,
+            None => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What breaks is missed, and put again it works again.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
+use flannel_agent::domain::host_state::Datapath;
+use flannel_common::counter::{Count, Counter};
+
+use crate::rig::{DEVICE, Rig, UNDERLAY};
+
+const SOON: Duration = Duration::from_secs(1);
+
+pub(crate) fn recreated_underlay() -> Result<()> {
+    for datapath in [Datapath::Auto, Datapath::Tc] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        rig.b.ip(&format!("link delete {UNDERLAY}"))?;
+        rig.b.disturbed_within(SOON)?;
+        ensure!(!rig.b.is_in_place()?);
+        let error = rig.b.try_put(rig.b.tunnel(datapath)).err().context("it came up without underlay")?;
+        ensure!(error == "bring up the tunnel on flannel0: there is no network device eth0", "{error}");
+        rig.join(1500)?;
+        for node in [&rig.a, &rig.b] {
+            ensure!(!node.is_in_place()?);
+            node.put(node.tunnel(datapath))?;
+            node.put_peers(vec![node.other()])?;
+            ensure!(node.is_in_place()?);
+            ensure!(node.observe()?.len() == 2, "{:?}", node.observe()?);
+        }
+        rig.talks()?;
+        ensure!(rig.b.tier()? == if datapath == Datapath::Auto { "xdp" } else { "tc+gro" });
+    }
+    Ok(())
+}
+
+pub(crate) fn deleted_pins() -> Result<()> {
+    for (datapath, pins) in [
+        (Datapath::Auto, ["link_xdp", "link_encap", "link_ingress", "peers", "counters"].as_slice()),
+        (Datapath::Tc, ["link_gro", "peer_counters"].as_slice()),
+    ] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        for pin in pins {
+            fs::remove_file(rig.b.pins().join(pin)).context(*pin)?;
+            rig.b.disturbed_within(SOON).context(*pin)?;
+            ensure!(!rig.b.is_in_place()?, "{pin} is not missed");
+            rig.b.put(rig.b.tunnel(datapath))?;
+            ensure!(rig.b.is_in_place()?, "{pin} is not back");
+            ensure!(rig.b.observe()?.len() == 2, "{pin}: the peer is lost");
+            rig.talks().context(*pin)?;
+        }
+        ensure!(rig.b.disturbed_within(SOON).is_err(), "a healthy tunnel complains");
+    }
+    Ok(())
+}
+
+pub(crate) fn gro_pair() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Tc)?;
+    let damages: [(&str, &str); 5] = [
+        ("ethtool", "-K flannel0p tso on"),
+        ("ethtool", "-K flannel0g gro off"),
+        ("ip", "link set flannel0p mtu 1400"),
+        ("ip", "link set flannel0g down"),
+        ("ip", "link delete flannel0p"),
+    ];
+    for (program, arguments) in damages {
+        rig.b.command(program, arguments)?;
+        ensure!(!rig.b.is_in_place()?, "{program} {arguments} is not missed");
+        rig.b.put(rig.b.tunnel(Datapath::Tc))?;
+        ensure!(rig.b.is_in_place()?, "{program} {arguments} is not repaired");
+        ensure!(rig.b.tier()? == "tc+gro");
+        rig.talks()?;
+    }
+    // A device of that name which is not ours is left alone, and costs the pair only.
+    rig.b.remove(Datapath::Tc)?;
+    rig.b.ip("link add flannel0p type bridge")?;
+    rig.b.up(Datapath::Tc)?;
+    let report = rig.b.report()?;
+    ensure!(report.tier.name() == "tc", "{report:?}");
+    ensure!(report.reason.contains("flannel0p exists and is a bridge"), "{}", report.reason);
+    rig.talks()
+}
+
+pub(crate) fn disproved() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    ensure!(rig.b.tier()? == "xdp");
+    // As a driver without metadata would have it: decapsulated by XDP, no mark seen.
+    let map = MapData::from_pin(rig.b.pins().join("counters"))?;
+    let mut counters: PerCpuArray<_, Count> = Map::from_map_data(map)?.try_into()?;
+    let index = Counter::DecapXdp as u32;
+    let cpus = counters.get(&index, 0)?.len();
+    counters.set(index, PerCpuValues::try_from(vec![Count { packets: 9, bytes: 9 }; cpus])?, 0)?;
+    let after = rig.b.disturbed_within(Duration::from_secs(10)).or_else(|_| {
+        // The first news may have been the peers'.
+        rig.b.disturbed_within(Duration::from_secs(10))
+    })?;
+    ensure!(after > Duration::from_secs(4), "given up after {after:?}");
+    ensure!(!rig.b.is_in_place()?);
+    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    let told = "packets that XDP decapsulated on eth0 arrived without its mark; the driver drops metadata";
+    ensure!(rig.b.tier()? == "tc+gro" && rig.b.report()?.reason == told, "{:?}", rig.b.report()?);
+    rig.talks()?;
+    // The next agent does not try again, and says why when it must.
+    rig.b.up(Datapath::Auto)?;
+    ensure!(rig.b.tier()? == "tc+gro" && rig.b.report()?.reason == told, "{:?}", rig.b.report()?);
+    let error = rig.b.try_put(rig.b.tunnel(Datapath::Xdp)).err().context("it came up")?;
+    ensure!(error.ends_with(told), "{error}");
+    ensure!(rig.b.tier()? == "tc+gro" && rig.b.is_in_place()?, "what ran before still runs");
+    rig.talks()
+}
+
+pub(crate) fn deleted_device() -> Result<()> {
+    for datapath in [Datapath::Auto, Datapath::Tun] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        rig.b.ip(&format!("link delete {DEVICE}"))?;
+        rig.b.disturbed_within(SOON)?;
+        ensure!(!rig.b.is_in_place()?);
+        rig.b.make_device()?;
+        rig.b.put(rig.b.tunnel(datapath))?;
+        ensure!(rig.b.observe()?.len() == 2, "{:?}", rig.b.observe()?);
+        rig.talks()?;
+    }
+    Ok(())
+}
+
+pub(crate) fn at_once() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    for pin in ["link_xdp", "link_ingress", "link_encap"] {
+        for _ in 0..5 {
+            fs::remove_file(rig.b.pins().join(pin))?;
+            rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+            ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{pin}: {:?}", rig.b.report()?);
+        }
+    }
+    rig.talks()
+}

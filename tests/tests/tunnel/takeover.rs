@@ -1,0 +1,130 @@
+//! The agent ends, another starts: nothing is lost and nothing forgotten.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck, SourcePort};
+use flannel_agent::host::udp::programs::{ensure_bpffs, inspect};
+use nix::mount::umount;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::rig::Rig;
+
+pub(crate) fn nothing_lost() -> Result<()> {
+    for (datapath, tier) in [(Datapath::Auto, "xdp"), (Datapath::Tc, "tc+gro")] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        let flood = rig.flood()?;
+        for _ in 0..4 {
+            // Both ends, each by a process that knows nothing.
+            rig.up(datapath)?;
+        }
+        let sent = flood.end_complete()?;
+        ensure!(sent > 1000, "only {sent} datagrams: the takeovers were not under load");
+        ensure!(rig.b.tier()? == tier, "{:?}", rig.b.report()?);
+        ensure!(rig.b.is_in_place()? && rig.a.is_in_place()?);
+        let counter = if tier == "xdp" { "decap_xdp" } else { "decap_tc" };
+        ensure!(rig.b.count(counter)? >= sent, "{:?}", rig.b.report()?);
+        ensure!(rig.b.count("source_refused")? == 0 && rig.a.count("no_peer")? == 0);
+    }
+    Ok(())
+}
+
+pub(crate) fn no_agent() -> Result<()> {
+    for datapath in [Datapath::Auto, Datapath::Tc] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        let flood = rig.flood()?;
+        rig.a.end_agent();
+        rig.b.end_agent();
+        rig.talks()?;
+        flood.end_complete()?;
+    }
+    Ok(())
+}
+
+pub(crate) fn counters_survive() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    let before = rig.b.report()?;
+    rig.b.start_agent();
+    ensure!(rig.b.observe()?.is_empty(), "before the tunnel is put, nothing is known of it");
+    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    let after = rig.b.report()?;
+    ensure!(before.peers == after.peers, "{:?}\n{:?}", before.peers, after.peers);
+    ensure!(before.counters == after.counters, "{:?}\n{:?}", before.counters, after.counters);
+    // A new agent hears of what it took over: some of it may not be wanted any more.
+    rig.b.disturbed_within(Duration::from_secs(1))?;
+    ensure!(rig.b.observe()?.contains(&HostItem::TunnelPeer(rig.b.other())));
+    ensure!(after.reason == "native XDP attached, marks proven", "{}", after.reason);
+    Ok(())
+}
+
+pub(crate) fn stale_map() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    rig.b.end_agent();
+    let pin = rig.b.pins().join("peers");
+    fs::remove_file(&pin)?;
+    let wrong = "type hash key 4 value 8 entries 10 name PEERS";
+    rig.b.command("bpftool", &format!("map create {} {wrong}", pin.display()))?;
+    rig.b.up(Datapath::Auto)?;
+    ensure!(rig.b.is_in_place()?);
+    ensure!(rig.b.report()?.peers.len() == 1);
+    rig.talks()
+}
+
+pub(crate) fn other_version() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    rig.b.end_agent();
+    let link = |rig: &Rig| inspect::pinned_link(&rig.b.pins().join("link_xdp")).ok().flatten();
+    let before = link(&rig);
+    fs::rename(rig.b.pins(), rig.b.pins().with_file_name("v0"))?;
+    rig.b.up(Datapath::Auto)?;
+    ensure!(rig.b.tier()? == "xdp", "the old link would be a foreign program: {:?}", rig.b.report()?);
+    ensure!(!rig.b.pins().with_file_name("v0").exists());
+    let after = link(&rig);
+    ensure!(before.map(|link| link.ifindex) == after.map(|link| link.ifindex), "{before:?} {after:?}");
+    rig.talks()
+}
+
+pub(crate) fn settings() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    let flood = rig.flood()?;
+    for (check, port) in [(SourceCheck::Off, SourcePort::Fixed), (SourceCheck::Enforce, SourcePort::Flow)] {
+        for node in [&rig.a, &rig.b] {
+            let mut tunnel = node.tunnel(Datapath::Auto);
+            tunnel.options.source_check = check;
+            tunnel.options.source_port = port;
+            node.put(tunnel.clone())?;
+            ensure!(node.observe()?.contains(&HostItem::Tunnel(tunnel)));
+        }
+    }
+    flood.end_complete()?;
+    ensure!(rig.b.tier()? == "xdp");
+    Ok(())
+}
+
+pub(crate) fn mounts_bpffs() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = folder.path().join("made/for/it");
+    ensure_bpffs(&at)?;
+    ensure_bpffs(&at)?;
+    ensure!(statfs(&at)?.filesystem_type() == BPF_FS_MAGIC);
+    umount(&at)?;
+    ensure!(umount(&at).is_err(), "mounted once only");
+    let file = folder.path().join("file");
+    fs::write(&file, "")?;
+    let error = ensure_bpffs(&file).err().context("a file was taken")?;
+    ensure!(error.to_string().contains("file exists (EEXIST)"), "{error}");
+    Ok(())
+}

@@ -1,0 +1,411 @@
+//! Which tier is taken, why, and that it carries packets.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use aya::programs::links::LinkOrder;
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
+use aya::{Ebpf, EbpfLoader};
+use flannel_agent::domain::host_state::{Datapath, HostItem};
+use flannel_agent::host::udp::object;
+use flannel_agent::host::udp::programs::{self, Hook, LinkPin, PinFolder, Programs, Side, inspect};
+use flannel_common::tunnel::Settings;
+
+use crate::rig::{DEVICE, Inside, Node, Rig, UNDERLAY};
+
+pub(crate) fn auto_takes_xdp() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    ensure!(rig.b.tier()? == "xdp", "{:?}", rig.b.report()?);
+    ensure!(rig.b.report()?.reason.contains("to be proven"), "{:?}", rig.b.report()?.reason);
+    rig.talks()?;
+    let items = rig.b.observe()?;
+    let wanted = [HostItem::Tunnel(rig.b.tunnel(Datapath::Auto)), HostItem::TunnelPeer(rig.b.other())];
+    ensure!(items == wanted, "{items:?}");
+    let report = rig.b.report()?;
+    ensure!(report.reason == "native XDP attached, marks proven", "{}", report.reason);
+    ensure!(rig.b.count("decap_xdp")? >= 2 && rig.b.count("mark_seen")? >= 2, "{report:?}");
+    ensure!(rig.b.count("decap_tc")? == 0 && rig.b.count("decap_user")? == 0, "{report:?}");
+    ensure!(!rig.b.has_link("flannel0p"), "no GRO pair beside XDP");
+    let peer = &report.peers[0];
+    ensure!(peer.node == rig.a.address() && peer.next_hop == Some(peer.node), "{peer:?}");
+    ensure!(peer.rx_packets >= 2 && peer.tx_packets >= 2, "{peer:?}");
+    Ok(())
+}
+
+pub(crate) fn every_option() -> Result<()> {
+    let tiers = [
+        (Datapath::Ebpf, "xdp", "decap_xdp"),
+        (Datapath::Xdp, "xdp", "decap_xdp"),
+        (Datapath::Tc, "tc+gro", "decap_tc"),
+        (Datapath::Tun, "tun", "decap_user"),
+    ];
+    for (datapath, tier, counter) in tiers {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks().with_context(|| format!("{datapath}"))?;
+        ensure!(rig.b.tier()? == tier, "{datapath}: {:?}", rig.b.report()?);
+        ensure!(rig.b.count(counter)? >= 2, "{datapath}: {:?}", rig.b.report()?);
+        ensure!(rig.b.is_in_place()?, "{datapath} is not in place");
+        if matches!(datapath, Datapath::Tc | Datapath::Tun) {
+            let reason = rig.b.report()?.reason;
+            ensure!(reason == format!("chosen by --udp-datapath={datapath}"), "{reason}");
+        }
+        ensure!(rig.b.has_link("flannel0p") == (tier == "tc+gro"), "{datapath}: GRO pair");
+    }
+    Ok(())
+}
+
+pub(crate) fn mixed() -> Result<()> {
+    let all = [Datapath::Xdp, Datapath::Tc, Datapath::Tun];
+    let rig = Rig::new()?;
+    for node in [&rig.a, &rig.b] {
+        node.command("ethtool", &format!("-K {UNDERLAY} tx off"))?;
+    }
+    for a in all {
+        rig.a.up(a)?;
+        for b in all {
+            rig.b.up(b)?;
+            rig.talks().with_context(|| format!("{a} and {b}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts a bridge over the wire's end at B: a device that is stacked on another.
+fn stack(rig: &Rig) -> Result<()> {
+    rig.b.ip(&format!("link set {UNDERLAY} name wire0"))?;
+    rig.b.ip(&format!("link add {UNDERLAY} type bridge"))?;
+    rig.b.ip("address flush dev wire0")?;
+    rig.b.ip(&format!("link set wire0 master {UNDERLAY} up"))?;
+    rig.b.ip(&format!("address add {}/24 dev {UNDERLAY}", rig.b.address()))?;
+    rig.b.ip(&format!("link set {UNDERLAY} up")).map(drop)
+}
+
+pub(crate) fn stacked() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.b.ip(&format!("link set {UNDERLAY} down"))?;
+    stack(&rig)?;
+    rig.up(Datapath::Auto)?;
+    let report = rig.b.report()?;
+    ensure!(report.tier.name() == "tc+gro", "{report:?}");
+    ensure!(
+        report.reason == "eth0 is a bridge, native XDP needs a network card or a veth",
+        "{}",
+        report.reason
+    );
+    rig.talks()
+}
+
+pub(crate) fn pinned_refused() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.b.ip(&format!("link set {UNDERLAY} down"))?;
+    stack(&rig)?;
+    rig.b.start_agent();
+    let error = rig.b.try_put(rig.b.tunnel(Datapath::Xdp)).err().context("it came up")?;
+    ensure!(
+        error
+            == "bring up udp datapath xdp on eth0: eth0 is a bridge, native XDP needs a network card or a veth",
+        "{error}"
+    );
+    ensure!(!rig.b.pins().exists(), "pins were left behind");
+    ensure!(rig.b.observe()?.is_empty(), "something is observed");
+    let mut elsewhere = rig.b.tunnel(Datapath::Auto);
+    elsewhere.underlay = "nothere0".to_owned();
+    let error = rig.b.try_put(elsewhere).err().context("it came up")?;
+    ensure!(error == "bring up the tunnel on flannel0: there is no network device nothere0", "{error}");
+    Ok(())
+}
+
+pub(crate) fn jumbo() -> Result<()> {
+    let rig = Rig::with_mtu(9000)?;
+    for node in [&rig.a, &rig.b] {
+        node.ip(&format!("link set {DEVICE} mtu 8972"))?;
+        node.start_agent();
+        let mut tunnel = node.tunnel(Datapath::Auto);
+        tunnel.mtu = 8972;
+        node.put(tunnel)?;
+        node.put_peers(vec![node.other()])?;
+    }
+    rig.talks()?;
+    ensure!(rig.b.is_in_place()?);
+    let report = rig.b.report()?;
+    ensure!(report.reason.starts_with("native XDP attached (build for frames over one page)"), "{report:?}");
+    let (sender, receiver) = (rig.a.pod_socket(0)?, rig.b.pod_socket(0)?);
+    receiver.set_read_timeout(Some(Duration::from_secs(2)))?;
+    sender.send_to(&[1; 8944], receiver.local_addr()?)?;
+    let length = receiver.recv(&mut [0; 9000]).context("a full jumbo packet")?;
+    ensure!(length == 8944);
+    Ok(())
+}
+
+/// Drops from the calling thread what loading needs, keeps CAP_NET_ADMIN and CAP_NET_RAW (capset(2), version 3).
+fn drop_bpf(_: &mut Inside) {
+    const KEPT: u32 = 1 << 12 | 1 << 13;
+    let header = [0x2008_0522_u32, 0];
+    let sets = [KEPT, KEPT, 0, 0, 0, 0];
+    // SAFETY: both have the layout of capset's arguments and live during the call.
+    let dropped = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(dropped, 0);
+}
+
+pub(crate) fn unprivileged() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.a.up(Datapath::Tun)?;
+    // The folder itself would need CAP_DAC_OVERRIDE only where root's files are another's.
+    fs::create_dir_all(rig.b.pins())?;
+    rig.b.run(drop_bpf);
+    rig.b.up(Datapath::Auto)?;
+    let report = rig.b.report()?;
+    ensure!(report.tier.name() == "tun", "{report:?}");
+    ensure!(report.reason.ends_with("needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"), "{}", report.reason);
+    rig.talks()
+}
+
+pub(crate) fn change_under_traffic() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Xdp)?;
+    rig.talks()?;
+    let flood = rig.flood()?;
+    for (datapath, tier) in [(Datapath::Tc, "tc+gro"), (Datapath::Xdp, "xdp"), (Datapath::Tc, "tc+gro")] {
+        thread::sleep(Duration::from_millis(150));
+        rig.b.put(rig.b.tunnel(datapath))?;
+        ensure!(rig.b.tier()? == tier, "{:?}", rig.b.report()?);
+        ensure!(rig.b.is_in_place()?, "{tier} is not in place");
+    }
+    let sent = flood.end_complete()?;
+    let (xdp, tc) = (rig.b.count("decap_xdp")?, rig.b.count("decap_tc")?);
+    ensure!(xdp > 0 && tc > 0 && xdp + tc >= sent, "{xdp} by XDP, {tc} by tc, of {sent}");
+    Ok(())
+}
+
+pub(crate) fn merging() -> Result<()> {
+    const LENGTH: usize = 8 << 20;
+    let rig = Rig::new()?;
+    // As a wire: every frame at most the MTU.
+    for node in [&rig.a, &rig.b] {
+        node.command("ethtool", &format!("-K {UNDERLAY} tso off gso off tx off"))?;
+    }
+    rig.up(Datapath::Tc)?;
+    rig.talks()?;
+    let address = (rig.b.pod(), 0);
+    let listener = rig.b.run(move |_| TcpListener::bind(address))?;
+    let to = listener.local_addr()?;
+    let receiving = thread::spawn(move || -> std::io::Result<usize> {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut data = Vec::new();
+        stream.read_to_end(&mut data)
+    });
+    let mut stream: TcpStream =
+        rig.a.run(move |_| TcpStream::connect_timeout(&to, Duration::from_secs(5)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+    stream.write_all(&vec![5; LENGTH])?;
+    drop(stream);
+    let received = receiving.join().map_err(|_| anyhow!("the receiver panicked"))??;
+    ensure!(received == LENGTH, "{received} bytes");
+    // What flannel_gro hands on reaches the stack in fewer packets than were decapsulated.
+    let decapsulated = rig.b.count("decap_tc")?;
+    let text = rig.b.run(|_| fs::read_to_string("/proc/thread-self/net/snmp"))?;
+    let delivered: u64 = text
+        .lines()
+        .filter(|line| line.starts_with("Ip: "))
+        .nth(1)
+        .and_then(|line| line.split_whitespace().nth(3))
+        .context("InReceives")?
+        .parse()?;
+    ensure!(delivered * 2 < decapsulated, "{decapsulated} decapsulated, {delivered} received");
+    Ok(())
+}
+
+pub(crate) fn offloads() -> Result<()> {
+    let rig = Rig::new()?;
+    let before = (rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?);
+    ensure!(before == ("off".to_owned(), "on".to_owned()), "{before:?}");
+    rig.b.up(Datapath::Xdp)?;
+    let during = (rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?);
+    ensure!(during == ("on".to_owned(), "off".to_owned()), "{during:?}");
+    // The notes outlive the agent.
+    rig.b.up(Datapath::Tc)?;
+    let with_tc = (rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?);
+    ensure!(with_tc == ("off".to_owned(), "off".to_owned()), "{with_tc:?}");
+    rig.b.start_agent();
+    rig.b.remove(Datapath::Tc)?;
+    let after = (rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?);
+    ensure!(after == before, "{after:?}");
+    Ok(())
+}
+
+fn segmentation(node: &Node) -> Result<String> {
+    node.offload(UNDERLAY, "tx-udp-segmentation")
+}
+
+/// Ids of the programs at a tcx hook.
+fn tcx(node: &Node, device: &'static str, side: u32) -> Result<Vec<u32>> {
+    node.run(move |_| -> Result<Vec<u32>> {
+        Ok(inspect::tcx_programs(nix::net::if_::if_nametoindex(device)?, side)?)
+    })
+}
+
+const INGRESS: u32 = 46;
+const EGRESS: u32 = 47;
+
+fn has_xdp(node: &Node) -> Result<bool> {
+    Ok(node.ip(&format!("-details link show dev {UNDERLAY}"))?.contains("xdp"))
+}
+
+pub(crate) fn removing() -> Result<()> {
+    let rig = Rig::new()?;
+    for datapath in [Datapath::Xdp, Datapath::Tc, Datapath::Tun] {
+        rig.up(datapath)?;
+        rig.talks()?;
+        rig.b.remove(datapath)?;
+        ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.is_empty(), "{datapath}: ingress");
+        ensure!(tcx(&rig.b, DEVICE, EGRESS)?.is_empty(), "{datapath}: egress");
+        ensure!(!has_xdp(&rig.b)?, "{datapath}: XDP");
+        ensure!(!rig.b.has_link("flannel0p") && !rig.b.has_link("flannel0g"), "{datapath}: GRO pair");
+        ensure!(!rig.b.bpffs.join("flannel").exists(), "{datapath}: pins");
+        ensure!(rig.b.has_link(DEVICE), "the device is another item");
+        ensure!(rig.b.observe()?.is_empty());
+        rig.b.remove(datapath).context("a second time")?;
+    }
+    Ok(())
+}
+
+pub(crate) fn another_underlay() -> Result<()> {
+    for datapath in [Datapath::Auto, Datapath::Tc, Datapath::Tun] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        // The address moves to a device over the old one.
+        stack(&rig)?;
+        rig.b.ip(&format!("link set {UNDERLAY} down"))?;
+        rig.b.ip(&format!("link set {UNDERLAY} name over0"))?;
+        rig.b.ip("link set over0 up")?;
+        rig.b.ip(&format!("link set wire0 name {UNDERLAY}"))?;
+        let mut tunnel = rig.b.tunnel(datapath);
+        tunnel.underlay = "over0".to_owned();
+        rig.b.put(tunnel.clone())?;
+        rig.b.put_peers(vec![rig.b.other()])?;
+        ensure!(rig.b.observe()?.contains(&HostItem::Tunnel(tunnel)), "{datapath}");
+        ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.is_empty() && !has_xdp(&rig.b)?, "{datapath}: left behind");
+        rig.talks().with_context(|| format!("{datapath}"))?;
+    }
+    Ok(())
+}
+
+/// Somebody else's object: ours with settings that no packet fits, so that it lets everything pass.
+fn stranger() -> Result<Ebpf> {
+    // A network that is nobody's: of 0.0.0.0/0 every marked packet would be.
+    let settings = Settings { network: u32::MAX, network_mask: u32::MAX, ..Settings::default() };
+    Ok(EbpfLoader::new().btf(None).override_global("SETTINGS", &settings, true).load(object::OBJECT)?)
+}
+
+/// Attaches a foreign classifier in front of all others; returns its id. It stays until `Ebpf` is dropped.
+fn attach_stranger(ebpf: &mut Ebpf) -> Result<u32> {
+    let program: &mut SchedClassifier = ebpf.program_mut("flannel_ingress").context("program")?.try_into()?;
+    program.load()?;
+    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    program.attach_with_options(UNDERLAY, TcAttachType::Ingress, order)?;
+    Ok(program.info()?.id())
+}
+
+pub(crate) fn foreign_tc() -> Result<()> {
+    let rig = Rig::new()?;
+    let mut early = stranger()?;
+    let (early, id) = rig.b.run(move |_| {
+        let id = attach_stranger(&mut early);
+        (early, id)
+    });
+    let early_id = id?;
+    rig.up(Datapath::Auto)?;
+    let programs = tcx(&rig.b, UNDERLAY, INGRESS)?;
+    ensure!(programs.len() == 2 && programs[1] == early_id, "ours is first: {programs:?}");
+    rig.talks()?;
+
+    let mut late = stranger()?;
+    let (late, id) = rig.b.run(move |_| {
+        let id = attach_stranger(&mut late);
+        (late, id)
+    });
+    let late_id = id?;
+    ensure!(rig.b.is_in_place()?, "it works all the same");
+    let reason = rig.b.report()?.reason;
+    ensure!(reason.ends_with(&format!("; program {late_id} runs before ours on eth0")), "{reason}");
+    rig.talks()?;
+
+    rig.b.remove(Datapath::Auto)?;
+    ensure!(tcx(&rig.b, UNDERLAY, INGRESS)? == [late_id, early_id]);
+    drop((early, late));
+    Ok(())
+}
+
+pub(crate) fn foreign_xdp() -> Result<()> {
+    let rig = Rig::new()?;
+    let mut foreign = stranger()?;
+    let foreign = rig.b.run(move |_| -> Result<Ebpf> {
+        let program: &mut Xdp = foreign.program_mut("flannel_pass").context("program")?.try_into()?;
+        program.load()?;
+        program.attach(UNDERLAY, XdpMode::Driver)?;
+        Ok(foreign)
+    })?;
+    rig.up(Datapath::Auto)?;
+    let report = rig.b.report()?;
+    ensure!(report.tier.name() == "tc+gro", "{report:?}");
+    ensure!(report.reason.starts_with("another XDP program is on eth0: "), "{}", report.reason);
+    rig.talks()?;
+    rig.b.remove(Datapath::Auto)?;
+    ensure!(has_xdp(&rig.b)?, "the foreign program is gone");
+    drop(foreign);
+    Ok(())
+}
+
+pub(crate) fn clsact() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.b.command("tc", &format!("qdisc add dev {UNDERLAY} clsact"))?;
+    rig.b.command(
+        "tc",
+        &format!("filter add dev {UNDERLAY} ingress priority 60 protocol ip u32 match u32 0 0 flowid 1:1"),
+    )?;
+    let pins = PinFolder::new(&rig.b.bpffs, "clsact");
+    let bpffs = rig.b.bpffs.clone();
+    rig.b.run(move |_| -> Result<()> {
+        pins.prepare(&bpffs)?;
+        let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
+        let hook = Hook { device: UNDERLAY, ifindex, side: Side::Ingress, pin: LinkPin::Ingress };
+        let kind = programs::TcKind::Clsact;
+        for generation in 1..=2_u32 {
+            let settings = Settings { local: generation, ..Settings::default() };
+            let (mut programs, _maps) = Programs::load(settings, &pins)?;
+            ensure!(
+                programs.check_tc(programs::INGRESS, kind, &hook, &pins).is_err(),
+                "not yet {generation}"
+            );
+            programs.attach_clsact(programs::INGRESS, &hook)?;
+            programs.check_tc(programs::INGRESS, kind, &hook, &pins).map_err(|e| anyhow!(e))?;
+        }
+        Ok(())
+    })?;
+    let show = || rig.b.command("tc", &format!("filter show dev {UNDERLAY} ingress"));
+    let filters = show()?;
+    ensure!(
+        filters.matches("handle 0x1 flannel_ingress").count() == 1 && filters.contains("pref 50 "),
+        "{filters}"
+    );
+    ensure!(filters.contains("pref 60 u32"), "{filters}");
+    rig.b.run(|_| -> Result<()> {
+        let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
+        let hook = Hook { device: UNDERLAY, ifindex, side: Side::Ingress, pin: LinkPin::Ingress };
+        programs::detach_clsact(programs::INGRESS, &hook)?;
+        programs::detach_clsact(programs::INGRESS, &hook)?;
+        Ok(())
+    })?;
+    let filters = show()?;
+    ensure!(!filters.contains("flannel") && filters.contains("pref 60 u32"), "{filters}");
+    Ok(())
+}
