@@ -37,7 +37,7 @@ pub(crate) fn send(mut skb: Skb) -> i32 {
         Ok(()) => {
             count(Counter::Encapsulated, traffic);
             count_sent(peer.index, traffic);
-            skb.send_to(peer.ifindex, peer.next_hop)
+            skb.send_from(peer.ifindex)
         }
         Err(reason) => {
             count(reason, traffic);

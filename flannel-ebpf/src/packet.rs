@@ -8,7 +8,7 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_md,
+        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, xdp_md,
     },
     helpers::{
         bpf_csum_level, bpf_get_hash_recalc, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
@@ -24,14 +24,8 @@ use flannel_common::{
 
 use crate::maps::Traffic;
 
-const AF_INET: u32 = 2;
 /// `bpf_skb_adjust_room` on a packet that still carries tunnel state (`EALREADY`).
 const ALREADY_ENCAPSULATED: i64 = -114;
-
-/// The compiler may use wide stores at any address (`xtask build-ebpf` says so, for the packet's sake); on the stack the
-/// verifier wants them aligned.
-#[repr(align(8))]
-struct OnStack<T>(T);
 
 /// Why there is no room for an outer header.
 pub(crate) enum NoRoom {
@@ -182,17 +176,17 @@ impl Skb {
         }
     }
 
-    /// The verdict that sends the packet out of `ifindex` to `next_hop` (network byte order); the kernel knows or asks
-    /// for its MAC address.
+    /// The verdict that sends the packet out of `ifindex`, by the route and to the MAC address that the kernel finds for
+    /// the outer destination.
+    ///
+    /// No next hop is given on purpose. With one, the packet keeps the route that brought it to the tunnel device; when
+    /// the neighbour's address has to be asked for first, the queued packet then leaves by that route's neighbour entry
+    /// (`neigh_update`, net/core/neighbour.c), which writes no Ethernet header: the first packet to a quiet peer would be
+    /// lost.
     #[inline(always)]
-    pub(crate) fn send_to(self, ifindex: u32, next_hop: u32) -> i32 {
-        // The union's longer arm, so that all of it is initialised.
-        let address = bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [next_hop, 0, 0, 0] };
-        let mut params = OnStack(bpf_redir_neigh { nh_family: AF_INET, __bindgen_anon_1: address });
-        // SAFETY: `params` is initialised and as long as we say.
-        unsafe {
-            bpf_redirect_neigh(ifindex, &raw mut params.0, size_of::<bpf_redir_neigh>() as i32, 0) as i32
-        }
+    pub(crate) fn send_from(self, ifindex: u32) -> i32 {
+        // SAFETY: a null pointer of length 0 asks for the lookup; nothing is read from it.
+        unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
     }
 
     /// The verdict that makes the packet one received on `ifindex`.

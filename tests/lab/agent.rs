@@ -357,7 +357,7 @@ pub struct Status {
 pub struct Tunnel {
     /// `flannel0`
     pub device: String,
-    /// `xdp`, `tc` or `tun`.
+    /// `xdp`, `tc+gro`, `tc` or `tun`.
     pub tier: String,
     /// Why this tier.
     pub reason: String,
@@ -413,6 +413,16 @@ impl Status {
     /// The tier of the only tunnel, or the backend's name where there is none.
     pub fn path(&self) -> &str {
         self.tunnels.first().map_or(&self.backend, |tunnel| &tunnel.tier)
+    }
+
+    /// [`Self::path`] without what helps it: `xdp`, `tc` or `tun`, as `--udp-datapath` has it.
+    pub fn tier(&self) -> &str {
+        self.path().split('+').next().unwrap_or_default()
+    }
+
+    /// The tunnels' tiers and why, without counters.
+    pub fn reasons(&self) -> String {
+        self.tunnels.iter().map(|t| format!("{}: {} ({}) ", t.device, t.tier, t.reason)).collect()
     }
 
     /// Packets the tunnels counted under `name`.

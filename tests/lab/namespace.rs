@@ -182,19 +182,18 @@ impl Namespace {
         self.output(&format!("iptables -w {arguments}"))
     }
 
-    /// Packets that matched the rules of `chain` (`filter` table) which print `pattern`.
+    /// Packets that matched a rule of the `filter` table, written as `iptables-save` prints it (`FORWARD -p icmp`).
     ///
     /// # Errors
-    /// No such chain or rule.
-    pub fn iptables_packets(&self, chain: &str, pattern: &str) -> Result<u64> {
-        let listing = self.iptables(&format!("-nvxL {chain}"))?;
-        let counts: Vec<u64> = listing
+    /// No such rule.
+    pub fn iptables_packets(&self, rule: &str) -> Result<u64> {
+        let rules = self.output("iptables-save -c -t filter")?;
+        rules
             .lines()
-            .filter(|line| line.contains(pattern))
-            .filter_map(|line| line.split_whitespace().next()?.parse().ok())
-            .collect();
-        ensure!(!counts.is_empty(), "no rule with `{pattern}` in {chain} of {}:\n{listing}", self.name);
-        Ok(counts.iter().sum())
+            .filter_map(|line| line.strip_prefix('[')?.split_once("] -A "))
+            .find(|(_, text)| *text == rule)
+            .and_then(|(counts, _)| counts.split(':').next()?.parse().ok())
+            .with_context(|| format!("no rule `{rule}` in {}:\n{rules}", self.name))
     }
 
     /// Writes a sysctl of the namespace; `key` with dots.

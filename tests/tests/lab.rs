@@ -74,7 +74,7 @@ fn probes(lab: &mut Lab) -> Result<()> {
     b.netns().iptables("-A INPUT -p udp -m statistic --mode nth --every 2 --packet 0 -j DROP")?;
     let report = Ping::new(a.netns(), b.address()).count(2).run()?;
     ensure!(report.lost() == 2, "{report}");
-    ensure!(b.netns().iptables_packets("INPUT", "icmp")? == 2);
+    ensure!(b.netns().iptables_packets("INPUT -p icmp -j DROP")? == 2);
     let delivered = Datagrams { count: 100, size: 100, batch: 1 }.send(a.netns(), b.netns(), address)?;
     ensure!(delivered.whole == 50, "{delivered:?}");
     Ok(())

@@ -165,7 +165,9 @@ impl<H: Host> Agent<H> {
     fn fold(&mut self, event: LeaseEvent) {
         match &event {
             LeaseEvent::Interrupted(reason) => {
-                tracing::warn!("the watch of leases is interrupted, traffic flows on with the peers known: {reason}");
+                tracing::warn!(
+                    "the watch of leases is interrupted, traffic flows on with the peers known: {reason}"
+                );
                 self.health.wait("watch", format!("the other nodes' leases may be out of date: {reason}"));
             }
             LeaseEvent::Snapshot(leases, _) => {
@@ -269,7 +271,8 @@ impl<H: Host> Agent<H> {
             if taken_over {
                 self.look().await;
             } else {
-                let outstanding = self.applied.as_ref().map_or(0, |applied| applied.changes_to(&wanted).len());
+                let outstanding =
+                    self.applied.as_ref().map_or(0, |applied| applied.changes_to(&wanted).len());
                 self.settle(outstanding);
                 return;
             }

@@ -7,7 +7,12 @@ pub mod raw;
 pub mod tcp;
 pub mod udp;
 
-use std::{sync::OnceLock, time::Duration};
+use std::{
+    io,
+    sync::OnceLock,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 /// How long a probe waits for the other side before it fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -34,4 +39,18 @@ pub(crate) fn stream(offset: u64, length: usize) -> &'static [u8] {
     });
     let start = usize::try_from(offset % PERIOD as u64).unwrap_or(0);
     bytes.get(start..start + length.min(PERIOD)).unwrap_or_default()
+}
+
+/// Binds again while the address is in use, for a second: a process that another thread is just starting holds copies of
+/// all descriptors between fork and exec, of sockets closed meanwhile too.
+pub(crate) fn patiently<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let started = Instant::now();
+    loop {
+        match bind() {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && started.elapsed() < Duration::from_secs(1) => {
+                sleep(Duration::from_millis(5));
+            }
+            done => return done,
+        }
+    }
 }

@@ -91,10 +91,12 @@ impl Ping {
     /// # Errors
     /// `ping` can't be started.
     pub fn start(&self) -> Result<RunningPing> {
+        // Quiet, it keeps even errors to itself; in long runs nobody would empty the pipe.
+        let quiet = if self.count > 100 { "-q" } else { "-n" };
         let process = self
             .from
             .command("ping")
-            .args(["-n", "-q", "-W", "1", "-c", &self.count.to_string(), "-s", &self.payload.to_string()])
+            .args(["-n", quiet, "-W", "1", "-c", &self.count.to_string(), "-s", &self.payload.to_string()])
             .args(["-i", &format!("{:.3}", self.interval.as_secs_f64())])
             .args(["-M", if self.dont_fragment { "do" } else { "dont" }])
             .args(&self.options)

@@ -11,6 +11,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
 };
 
+use super::patiently;
 use crate::namespace::Namespace;
 
 /// Sends whole IPv4 packets from a namespace. The kernel fills in the checksum, and id and source where they are 0.
@@ -42,7 +43,7 @@ pub fn send_datagrams(
     payloads: &[Vec<u8>],
 ) -> Result<()> {
     from.run(|| {
-        let socket = UdpSocket::bind(source).with_context(|| format!("bind UDP {source}"))?;
+        let socket = patiently(|| UdpSocket::bind(source)).with_context(|| format!("bind UDP {source}"))?;
         for payload in payloads {
             socket.send_to(payload, target).with_context(|| format!("send to {target}"))?;
         }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
-use super::{PATIENCE, stream};
+use super::{PATIENCE, patiently, stream};
 use crate::namespace::{Namespace, panic_text};
 
 const CHUNK: usize = 256 * 1024;
@@ -94,7 +94,7 @@ impl TcpPath {
         let listen = self.listen;
         let listener = self
             .server
-            .run(|| TcpListener::bind(listen).with_context(|| format!("listen on {listen}")))
+            .run(|| patiently(|| TcpListener::bind(listen)).with_context(|| format!("listen on {listen}")))
             .with_context(|| format!("TCP server in {}", self.server.name()))?;
         let stop = Arc::new(AtomicBool::new(false));
         let server = self.server.spawn(move || serve(&listener));

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::stream;
+use super::{patiently, stream};
 use crate::namespace::Namespace;
 
 /// How long the receiver waits after the last datagram.
@@ -51,7 +51,7 @@ impl Datagrams {
     ) -> Result<Delivered> {
         ensure!((4..=65507).contains(&self.size), "datagrams of {} bytes can't be sent", self.size);
         let receiver = to
-            .run(|| UdpSocket::bind(address).with_context(|| format!("bind UDP {address}")))
+            .run(|| patiently(|| UdpSocket::bind(address)).with_context(|| format!("bind UDP {address}")))
             .with_context(|| format!("UDP receiver in {}", to.name()))?;
         setsockopt(&receiver, sockopt::RcvBufForce, &(16 << 20)).context("enlarge the receive buffer")?;
         receiver.set_read_timeout(Some(SILENCE)).context("set a time limit")?;

@@ -59,6 +59,14 @@ pub(crate) fn trials() -> Vec<Trial> {
             },
         ));
         trials.push(scenario(
+            format!("pods_of_the_underlays_mtu_are_told_the_tunnels_over_{tier}"),
+            Lab::new(&format!("larger-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                larger_pods(lab)
+            },
+        ));
+        trials.push(scenario(
             format!("a_node_costs_two_hops_of_ttl_over_{tier}"),
             Lab::new(&format!("ttl-{tier}")),
             move |lab| {
@@ -125,24 +133,42 @@ fn every_address(lab: &mut Lab) -> Result<()> {
 }
 
 fn forward_sees_everything(lab: &mut Lab) -> Result<()> {
+    // They count, and decide nothing.
+    let rules =
+        [("FORWARD -p icmp", 40), ("FORWARD -i flannel0 -p icmp", 20), ("FORWARD -o flannel0 -p icmp", 20)];
     for host in lab.hosts() {
-        // Counts, decides nothing.
-        host.netns().iptables("-A FORWARD -p icmp")?;
-        host.netns().iptables("-A FORWARD -p icmp -i flannel0")?;
-        host.netns().iptables("-A FORWARD -p icmp -o flannel0")?;
+        for (rule, _) in rules {
+            host.netns().iptables(&format!("-A {rule}"))?;
+        }
     }
     let report = Ping::new(&lab.host(0).pod()?.netns, lab.host(1).pod()?.address).count(20).run()?;
     ensure!(report.lost() == 0, "{report}");
     for host in lab.hosts() {
-        let listing = host.netns().iptables("-nvxL FORWARD")?;
-        let counts: Vec<u64> = listing
-            .lines()
-            .filter(|line| line.contains("icmp"))
-            .filter_map(|line| line.split_whitespace().next()?.parse().ok())
-            .collect();
-        ensure!(counts == [40, 20, 20], "{} saw {counts:?}, not [40, 20, 20]:\n{listing}", host.name());
+        for (rule, wanted) in rules {
+            let seen = host.netns().iptables_packets(rule)?;
+            ensure!(seen == wanted, "{}: {rule} saw {seen} packets, not {wanted}", host.name());
+        }
     }
     Ok(())
+}
+
+/// Pods of the underlay's MTU, as Docker makes them without being told: the node answers for the tunnel.
+fn larger_pods(lab: &mut Lab) -> Result<()> {
+    let (a, b) = (lab.host(0), lab.host(1).pod()?.address);
+    let pod = a.pod()?;
+    for (netns, device) in [(&pod.netns, "eth0"), (a.netns(), pod.port.as_str()), (a.netns(), "cni0")] {
+        netns.ip(&format!("link set {device} mtu 1500"))?;
+    }
+    let told = Ping::new(&pod.netns, b).packet(1473).dont_fragment().count(1).run()?;
+    ensure!(told.received == 0 && told.text.contains("(mtu = 1472)"), "{told}");
+    let host = Ping::new(a.netns(), b).packet(1473).dont_fragment().count(1).run()?;
+    ensure!(host.received == 0 && host.text.contains("mtu=1472"), "{host}");
+    let full = Ping::new(&pod.netns, b).packet(1472).dont_fragment().run()?;
+    ensure!(full.lost() == 0, "{full}");
+    let cut = Ping::new(&pod.netns, b).packet(1500).run()?;
+    ensure!(cut.lost() == 0, "{cut}");
+    let path = TcpPath::new(&pod.netns, &lab.host(1).pod()?.netns, SocketAddrV4::new(b, PORT));
+    path.transfer(STREAM).map(drop)
 }
 
 fn time_to_live(lab: &mut Lab) -> Result<()> {

@@ -49,7 +49,8 @@ fn drop_invalid(lab: &Lab) -> Result<()> {
 fn none_invalid(lab: &Lab) -> Result<()> {
     for host in lab.hosts() {
         for chain in ["FORWARD", "INPUT"] {
-            let dropped = host.netns().iptables_packets(chain, "INVALID")?;
+            let rule = format!("{chain} -m conntrack --ctstate INVALID -j DROP");
+            let dropped = host.netns().iptables_packets(&rule)?;
             ensure!(dropped == 0, "{}: conntrack found {dropped} packets INVALID in {chain}", host.name());
         }
     }

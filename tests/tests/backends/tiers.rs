@@ -57,7 +57,7 @@ fn everything(lab: &mut Lab, tiers: &[&str]) -> Result<()> {
     lab.bring_up(tiers)?;
     for (host, tier) in lab.hosts().iter().zip(tiers) {
         let status = host.status()?;
-        ensure!(status.path() == *tier, "{} was told {tier}: {:?}", host.name(), status.tunnels);
+        ensure!(status.tier() == *tier, "{} was told {tier}: {}", host.name(), status.reasons());
         ensure!(!status.tunnels.iter().any(|tunnel| tunnel.reason.is_empty()), "no reason is given");
     }
     all_pairs(lab, pings)?;
@@ -101,7 +101,7 @@ fn auto(lab: &mut Lab) -> Result<()> {
     lab.bring_up(&["auto"; 2])?;
     for host in lab.hosts() {
         let status = host.status()?;
-        ensure!(status.path() == "xdp", "{:?}", status.tunnels);
+        ensure!(status.tier() == "xdp", "{}", status.reasons());
         let tunnel = status.tunnels.first().map(|tunnel| tunnel.reason.as_str()).unwrap_or_default();
         ensure!(!tunnel.is_empty(), "no reason is given");
         ensure!(host.agent()?.log().contains("xdp"), "the log does not say what was taken");

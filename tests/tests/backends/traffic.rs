@@ -12,7 +12,7 @@ pub(crate) const PORT: u16 = 5001;
 
 /// `h1/xdp → h2/tc`, for messages.
 pub(crate) fn way(from: &Host, to: &Host) -> String {
-    let tier = |host: &Host| host.status().map_or_else(|_| "?".to_owned(), |s| s.path().to_owned());
+    let tier = |host: &Host| host.status().map_or_else(|_| "?".to_owned(), |s| s.tier().to_owned());
     format!("pod of {}/{} → pod of {}/{}", from.name(), tier(from), to.name(), tier(to))
 }
 

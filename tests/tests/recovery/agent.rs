@@ -56,7 +56,7 @@ fn killed(lab: &mut Lab, tier: &str) -> Result<()> {
     }
     traffic.stop_without_loss()?;
     let after = lab.host(1).status()?;
-    ensure!(after.subnet == before.subnet && after.path() == tier, "{before:?} became {after:?}");
+    ensure!(after.subnet == before.subnet && after.tier() == tier, "{before:?} became {after:?}");
     ensure!(
         after.counted("encapsulated") > before.counted("encapsulated"),
         "counters did not outlive the agent: {before:?} {after:?}"
@@ -104,7 +104,7 @@ fn change_tiers(lab: &mut Lab) -> Result<()> {
         lab.host_mut(1).start_agent(&options.clone().datapath(tier))?;
         lab.wait_connected()?;
         let taken = lab.host(1).status()?;
-        ensure!(taken.path() == tier, "asked for {tier}: {:?}", taken.tunnels);
+        ensure!(taken.tier() == tier, "asked for {tier}: {}", taken.reasons());
         sleep(Duration::from_millis(300));
     }
     let (lost, _) = traffic.stop()?;

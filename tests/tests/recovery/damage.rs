@@ -88,7 +88,7 @@ fn devices(lab: &mut Lab, tier: &str) -> Result<()> {
         host.wait_output(command, pattern, SOON).with_context(|| format!("after `ip {damage}`"))?;
         reachable(lab, SOON).with_context(|| format!("after `ip {damage}`"))?;
         let status = lab.host(1).status()?;
-        ensure!(status.path() == tier, "after `ip {damage}`: {:?}", status.tunnels);
+        ensure!(status.tier() == tier, "after `ip {damage}`: {}", status.reasons());
         lab.ping_all_pairs(5).with_context(|| format!("after `ip {damage}`"))?;
     }
     Ok(())
@@ -116,7 +116,7 @@ fn underlay(lab: &mut Lab, tier: &str) -> Result<()> {
     host.netns().ip("link set eth0 up")?;
     host.netns().ip("route replace default via 10.99.0.1 dev eth0")?;
     reachable(lab, limit).context("after eth0 was made anew")?;
-    let status = lab.host(1).agent()?.wait_status(&format!("tier {tier} again"), |s| s.path() == tier)?;
+    let status = lab.host(1).agent()?.wait_status(&format!("tier {tier} again"), |s| s.tier() == tier)?;
     let (word, before) = match tier {
         "xdp" => ("decap_xdp", status.counted("decap_xdp")),
         "tc" => ("decap_tc", status.counted("decap_tc")),
@@ -162,7 +162,7 @@ fn links(lab: &mut Lab, tier: &str, damage: Damage) -> Result<()> {
         reachable(lab, SOON).with_context(|| name.clone())?;
         lab.ping_all_pairs(5).with_context(|| name.clone())?;
         let status = host.status()?;
-        ensure!(status.path() == tier, "after {name}: {:?}", status.tunnels);
+        ensure!(status.tier() == tier, "after {name}: {}", status.reasons());
     }
     Ok(())
 }

@@ -48,7 +48,7 @@ fn gone(lab: &mut Lab, tier: &str) -> Result<()> {
     ensure!(lab.datastore().leases()? == leases, "the leases changed");
 
     // The watch is alive again.
-    let key = leases.last().map(|(key, _)| key.clone()).unwrap_or_default();
+    let key = lab.host(2).agent()?.subnet_env()?.key();
     lab.host_mut(2).agent_mut()?.crash()?;
     lab.datastore().delete(&format!("subnets/{key}"))?;
     lab.host(0).agent()?.wait_status("one peer fewer", |status| status.peers.len() == 1).map(drop)
