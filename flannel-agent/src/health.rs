@@ -70,10 +70,8 @@ pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 /// Serves until `stop`, then lets running requests finish for at most 3 s.
 pub async fn serve(listener: TcpListener, health: Health, stop: CancellationToken) {
-    let router = Router::new()
-        .route("/healthz", any(healthz))
-        .route("/readyz", any(readyz))
-        .with_state(health);
+    let router =
+        Router::new().route("/healthz", any(healthz)).route("/readyz", any(readyz)).with_state(health);
     let served = axum::serve(listener, router).with_graceful_shutdown({
         let stop = stop.clone();
         async move { stop.cancelled().await }
@@ -124,7 +122,10 @@ mod tests {
     fn a_loop_that_stopped_turning_is_not_alive() {
         let health = Health::default();
         let start = Instant::now();
-        assert!(health.alive(start + Duration::from_secs(3600)), "starting may take as long as the store does");
+        assert!(
+            health.alive(start + Duration::from_secs(3600)),
+            "starting may take as long as the store does"
+        );
         health.turn(start);
         assert!(health.alive(start + STUCK / 2));
         assert!(!health.alive(start + STUCK));

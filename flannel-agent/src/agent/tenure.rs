@@ -156,8 +156,7 @@ impl Tenure {
                     let doing = if retake { "taken again" } else { "renewed" };
                     tracing::warn!("the lease can't be {doing} yet, trying again: {error}");
                 }
-                self.next =
-                    if retake { Next::RetakeAt(now + wait) } else { Next::RenewAt(now + wait) };
+                self.next = if retake { Next::RetakeAt(now + wait) } else { Next::RenewAt(now + wait) };
                 if retake {
                     Turn::Waits(format!("our lease is gone: {error}"))
                 } else if node.lease.expires.is_some_and(|expires| expires <= now) {

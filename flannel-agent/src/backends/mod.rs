@@ -52,7 +52,9 @@ pub enum BackendError {
          less than {least} (RFC 791)"
     )]
     MtuTooSmall { backend: &'static str, interface: String, mtu: u32, overhead: u32, least: u32 },
-    #[error("backend {backend} needs an IPv4 network: set EnableIPv4 and Network in the network configuration")]
+    #[error(
+        "backend {backend} needs an IPv4 network: set EnableIPv4 and Network in the network configuration"
+    )]
     NeedsIpv4 { backend: &'static str },
 }
 

@@ -72,7 +72,9 @@ pub async fn run(settings: Settings) -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(End::LeaseLost(reason)) => {
-            tracing::error!("the lease is lost and a running node never changes its subnet, exiting: {reason}");
+            tracing::error!(
+                "the lease is lost and a running node never changes its subnet, exiting: {reason}"
+            );
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -132,11 +134,8 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     let netlink = Netlink::new()?;
     let interface = external_interface(settings, &config, &netlink).await?;
     tracing::info!("using interface {interface}");
-    let mut context = BackendContext {
-        interface,
-        tunnel_device: PROVISIONAL_DEVICE.to_owned(),
-        tunnel: settings.tunnel,
-    };
+    let mut context =
+        BackendContext { interface, tunnel_device: PROVISIONAL_DEVICE.to_owned(), tunnel: settings.tunnel };
     let backend = backends::choose(&config, context.clone())?;
     let request = LeaseRequest {
         config: config.clone(),
@@ -151,10 +150,7 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     context.tunnel_device = tunnel_device(&netlink, &lease).await?;
     let interface = context.interface.clone();
     let backend = backends::choose(&config, context)?;
-    let scope = Scope {
-        devices: backend.devices(),
-        networks: networks(&config),
-    };
+    let scope = Scope { devices: backend.devices(), networks: networks(&config) };
     let host = LinuxHost::new(scope, LinuxHostOptions { bpffs: settings.bpffs.clone() })?;
     Ok((Node { config, interface, backend, store, lease }, host))
 }
@@ -224,8 +220,7 @@ fn networks(config: &NetworkConfig) -> Vec<IpNet> {
 /// The first SIGINT or SIGTERM ends the daemon in order, a second one at once (contract §10.3).
 fn listen_for_signals(stop: CancellationToken) -> Result<(), StartError> {
     let listen = |kind| signal(kind).map_err(StartError::Signals);
-    let (mut interrupt, mut terminate) =
-        (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     tokio::spawn(async move {
         let name = either(&mut interrupt, &mut terminate).await;
         tracing::info!("{name}: stopping, a second one stops at once");
