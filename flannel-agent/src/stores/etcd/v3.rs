@@ -249,6 +249,11 @@ impl Server {
                     }
                 })
             }
+            _ if self.endpoint.tls.is_none()
+                && (text.contains("broken pipe") || text.contains("http2 error")) =>
+            {
+                Fault::Passing(format!("{text}; if it speaks TLS, write https:// in --etcd-endpoints"))
+            }
             _ => Fault::Passing(text),
         }
     }
