@@ -159,7 +159,7 @@ pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snaps
     ground.put("10.5.2.0-24", &PEER.replace("2.9", "2.8"), None).await?;
     let Ground::Etcd { options, client, .. } = &ground else { unreachable!() };
     let relay = Relay::start(etcd.address()).await?;
-    let node = EtcdStore::connect(&EtcdOptions { endpoints: vec![relay.endpoint()], ..options.clone() })?;
+    let node = EtcdStore::connect(&EtcdOptions { endpoints: vec![relay.endpoint()], ..(**options).clone() })?;
     // Opens the connection, so that the next large answer is the list.
     ensure!(matches!(node.network_config().await, Err(StoreError::NoConfig { .. })));
     relay.hold_requests_after_the_next_answer();
@@ -445,6 +445,38 @@ pub(crate) async fn our_lease_written_by_another_has_its_true_end() -> Result<()
             (Some(left), Some(seconds)) => ensure!((seconds - 30..=seconds).contains(&left), "{left} s"),
             other => panic!("{other:?}"),
         }
+    }
+    Ok(())
+}
+
+/// A restored backup, or an operator's transaction: a revision is no name.
+pub(crate) async fn leases_written_at_one_revision_are_told_apart() -> Result<()> {
+    let etcd = start().await?;
+    let mut client = Client::connect([etcd.endpoint()], None).await?;
+    let own = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#;
+    let folder = "/coreos.com/network/subnets";
+    let put = |third: u8, value: &str| TxnOp::put(format!("{folder}/10.5.{third}.0-24"), value, None);
+    client.txn(Txn::new().and_then([put(3, PEER), put(4, own), put(5, PEER)])).await?;
+    let node = store(&[etcd.endpoint()])?;
+    assert_eq!(
+        node.acquire(&request(&network("10.5.9.0"), "192.0.2.1")).await?.subnets,
+        subnets("10.5.4.0-24")
+    );
+    // It no longer fits: it and nothing else is deleted.
+    client.txn(Txn::new().and_then([put(3, PEER), put(4, own), put(5, PEER)])).await?;
+    assert_eq!(
+        node.acquire(&request(&network("10.5.2.0"), "192.0.2.1"))
+            .await?
+            .subnets
+            .v4
+            .map(|net| net.addr().octets()[2] < 3),
+        Some(true)
+    );
+    for (third, count) in [(3, 1), (4, 0), (5, 1)] {
+        let key = format!("{folder}/10.5.{third}.0-24");
+        let found = client.get(key, None).await?;
+        assert_eq!(found.count(), count);
+        ensure!(found.kvs().iter().all(|kv| kv.value() == PEER.as_bytes()), "a peer's lease was overwritten");
     }
     Ok(())
 }
