@@ -8,6 +8,7 @@
 mod contract;
 mod etcd;
 mod ground;
+mod relay;
 
 use std::future::Future;
 use std::io::Write;
