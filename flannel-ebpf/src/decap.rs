@@ -1,4 +1,4 @@
-//! From the underlay to the tunnel device (`datapath.md` §3.1, §3.2): in XDP before GRO where the driver lets us, in
+//! From the underlay to the tunnel device: in XDP before GRO where the driver lets us, in
 //! tc where not. The two may be changed under traffic: tc takes marked and unmarked packets.
 
 use aya_ebpf::bindings::{

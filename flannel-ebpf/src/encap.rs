@@ -1,4 +1,4 @@
-//! From the tunnel device to the peer (`datapath.md` §3.1). Runs after netfilter, on whole GSO packets.
+//! From the tunnel device to the peer. Runs after netfilter, on whole GSO packets.
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT},

@@ -36,20 +36,24 @@ pub fn require() -> Result<(), String> {
     match aya::sys::is_program_supported(ProgramType::Xdp) {
         Ok(true) => Ok(()),
         Ok(false) => Err("this kernel has no XDP programs".to_owned()),
-        Err(e) => Err(format!("loading an XDP program: {e}; needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")),
+        Err(e) => {
+            let e = anyhow::Error::new(e);
+            Err(format!(
+                "no XDP program can be loaded ({e:#}): CAP_BPF, CAP_NET_ADMIN or CAP_PERFMON is missing"
+            ))
+        }
     }
 }
 
 /// What tests with network namespaces, but without eBPF, need.
 ///
 /// # Errors
-/// "not root", with how to become it.
+/// "not root", with what to do about it.
 pub fn require_root() -> Result<(), String> {
     if geteuid().is_root() {
         Ok(())
     } else {
-        Err("needs root: run as root, or set CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='sudo -E'"
-            .to_owned())
+        Err("not root; run as root, or set CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='sudo -E'".to_owned())
     }
 }
 

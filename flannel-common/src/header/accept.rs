@@ -1,4 +1,4 @@
-//! What decapsulation accepts, `datapath.md` §3.2: one function, the same order in XDP, tc and user space.
+//! What decapsulation accepts: one function, the same order in XDP, tc and user space.
 //!
 //! Whatever the rules do not claim for the tunnel is left to the host's stack, and so reaches the UDP socket that the
 //! agent keeps bound: outer fragments, outer options, odd lengths.
@@ -127,8 +127,8 @@ pub fn admit(
 }
 
 /// The source lies in the subnet leased by the sending node, or it is that node's own address: a pod that talks to a
-/// remote host unmasqueraded gets its answers through the tunnel (`datapath.md` §1.2). Never one of ours, and nothing
-/// that no host may have as source.
+/// remote host unmasqueraded gets its answers through the tunnel. (Any host may so send as itself;
+/// it could as well route to our pods through this node.) Never one of ours, and nothing that no host may have as source.
 #[inline(always)]
 const fn is_source_right(settings: &Settings, arrival: Arrival, inner: &Ipv4, leased: bool) -> bool {
     let source = inner.source();

@@ -1,4 +1,4 @@
-//! The header encapsulation writes, `datapath.md` §3.1: like flanneld's but for DF, id, source port, ECN bits and the
+//! The header encapsulation writes: like flanneld's but for DF, id, source port, ECN bits and the
 //! UDP checksum (contract §8.1).
 
 use super::{ECN_MASK, Ipv4, Outer, PROTOCOL_UDP, Udp, VERSION_4_NO_OPTIONS, fold};

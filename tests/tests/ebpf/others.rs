@@ -16,9 +16,9 @@ use crate::{
 /// Instructions the verifier may walk; a quarter above what it walks today, far below its limit of a million. Growth
 /// means a branch that should have been folded, or a copy that became a loop.
 const BUDGETS: [(&str, u32); 6] = [
-    ("flannel_encap", 650),
+    ("flannel_encap", 530),
     ("flannel_ingress", 1450),
-    ("flannel_gro", 40),
+    ("flannel_gro", 30),
     ("flannel_decap_xdp", 2400),
     ("flannel_decap_xdp_frags", 2400),
     ("flannel_pass", 2),

@@ -10,19 +10,21 @@ const PANICKING: &str = "9panicking";
 const SHT_SYMTAB: u32 = 2;
 const SHT_REL: u32 = 9;
 const STT_FUNC: u8 = 2;
+const STT_SECTION: u8 = 3;
 
-/// One sentence per program function that can panic, or per panicking function when nothing calls it directly. Empty
-/// for an object that is fit to load.
+/// One sentence per function that calls a panicking one, or per panicking function when no caller is found. Empty for an
+/// object that is fit to load.
 pub(super) fn panicking(elf: &[u8]) -> Result<Vec<String>> {
     let elf = Elf::parse(elf)?;
     let symbols = elf.symbols()?;
+    let panicking: Vec<_> = symbols.iter().filter(|symbol| symbol.name.contains(PANICKING)).collect();
     let mut found = BTreeSet::new();
-    for (index, symbol) in symbols.iter().enumerate().filter(|(_, symbol)| symbol.name.contains(PANICKING)) {
-        let callers = elf.callers(index, &symbols)?;
-        if callers.is_empty() {
-            found.insert(format!("{} is linked in", symbol.name));
-        }
-        found.extend(callers.into_iter().map(|caller| format!("{caller} calls {}", symbol.name)));
+    for callee in &panicking {
+        let callers = elf.callers(callee, &symbols)?;
+        found.extend(callers.into_iter().map(|caller| format!("{caller} calls {}", callee.name)));
+    }
+    if found.is_empty() {
+        found.extend(panicking.iter().map(|symbol| format!("{} is linked in", symbol.name)));
     }
     Ok(found.into_iter().collect())
 }
@@ -89,14 +91,19 @@ impl<'a> Elf<'a> {
             .collect()
     }
 
-    /// Functions with a relocation to the given symbol.
-    fn callers(&self, callee: usize, symbols: &[Symbol]) -> Result<BTreeSet<String>> {
+    /// Functions in other sections that call the given one.
+    fn callers(&self, callee: &Symbol, symbols: &[Symbol]) -> Result<BTreeSet<String>> {
         let mut callers = BTreeSet::new();
         for table in self.sections.iter().filter(|section| section.kind == SHT_REL) {
+            let Some(code) = self.sections.get(table.info as usize) else { continue };
             for index in 0..table.size / 16 {
                 let at = table.offset + index * 16;
                 let offset = self.number::<8>(at)?;
-                if (self.number::<8>(at + 8)? >> 32) as usize != callee {
+                let target = self.number::<8>(at + 8)? >> 32;
+                let Some(target) = symbols.get(usize::try_from(target)?) else { continue };
+                if target.section != callee.section
+                    || self.called(code, offset, target)? != Some(callee.value)
+                {
                     continue;
                 }
                 let caller = symbols
@@ -107,6 +114,20 @@ impl<'a> Elf<'a> {
             }
         }
         Ok(callers)
+    }
+
+    /// Where in its section the target of a relocated call lies. A call to a local function is relocated against the
+    /// section, and the instruction says how many instructions of 8 bytes into it, less one
+    /// (<https://docs.kernel.org/bpf/llvm_reloc.html>).
+    fn called(&self, code: &Section, offset: u64, target: &Symbol) -> Result<Option<u64>> {
+        match target.kind {
+            STT_FUNC => Ok(Some(target.value)),
+            STT_SECTION if offset < code.size => {
+                let distance = self.number::<4>(code.offset + offset + 4)? as u32;
+                Ok(Some((u64::from(distance.wrapping_add(1))) * 8))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// An unsigned number of `N` bytes.
