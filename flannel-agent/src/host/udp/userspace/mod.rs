@@ -6,20 +6,20 @@
 //! destinations are answered with ICMP net-unreachable.
 //!
 //! It is not flanneld's speed, because most of its time went into one system call per packet. The device hands over TCP
-//! packets of up to 64 KiB; [`segment`] cuts them, [`socket`] sends the pieces with one call (`UDP_SEGMENT`), receives
-//! merged datagrams (`UDP_GRO`), and [`merge`] gives the kernel large TCP packets again. A kernel that lacks one of
+//! packets of up to 64 KiB; `segment.rs` cuts them, `socket.rs` sends the pieces with one call (`UDP_SEGMENT`), receives
+//! merged datagrams (`UDP_GRO`), and `merge.rs` gives the kernel large TCP packets again. A kernel that lacks one of
 //! these is detected, and that step is done packet by packet.
 //!
 //! Two threads give throughput, one thread would give latency: a packet that answers what was just delivered, such as
-//! an echo reply, would not wait for the other thread to wake up. So the thread that delivers little looks at the other
-//! direction right afterwards ([`inbound`]).
+//! an echo reply, would not wait for another thread to wake up. So the thread that delivers little looks at the other
+//! direction right afterwards (`inbound.rs`).
 //!
-//! Everything that looks into packets is pure and tested by tables and properties; [`device`] and [`socket`] are the
+//! Everything that looks into packets is pure and tested by tables and properties; `device.rs` and `socket.rs` are the
 //! only files that talk to the kernel. All content of packets is untrusted. Counters are those of
 //! `flannel_common::counter`, so that all tiers can be added up.
 //!
 //! ```text
-//! flannel0 ─ read ─► checksum · peer? · TTL−1 · cut ─► sendmsg ─► wire         outbound.rs
+//! flannel0 ─ read ─► checksum · peer? · TTL−1 · cut ─► sendmsg ─► wire           outbound.rs
 //! flannel0 ◄ writev ─ merge ◄ TTL−1 · source check · lengths ◄─ recvmmsg ─ wire  inbound.rs
 //! ```
 
