@@ -1,0 +1,166 @@
+//! The agent is killed, stopped and started again with traffic flowing.
+
+use std::{fs, thread::sleep, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use flannel_tests::{
+    agent::AgentOptions,
+    probe::ping::Ping,
+    scenario::scenario,
+    topology::{Lab, NETWORK},
+};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+
+use crate::{SOON, Traffic};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for tier in ["xdp", "tc"] {
+        trials.push(scenario(
+            format!("traffic_flows_on_while_the_agent_is_dead_and_through_its_return_over_{tier}"),
+            Lab::new(&format!("killed-{tier}")),
+            move |lab| killed(lab, tier),
+        ));
+    }
+    trials.extend([
+        scenario("in_user_space_traffic_returns_with_the_agent", Lab::new("killed-tun"), killed_tun),
+        scenario("a_stopped_agent_leaves_the_host_as_it_is", Lab::new("stopped"), stopped),
+        scenario("a_tier_can_change_under_traffic_in_both_directions", Lab::new("retiered"), change_tiers),
+        scenario(
+            "the_same_subnet_is_leased_again_by_address_and_by_subnet_env",
+            Lab::new("again").hosts(1),
+            same_subnet,
+        ),
+        scenario(
+            "a_peer_that_left_while_the_agent_was_down_is_swept",
+            Lab::new("swept").config(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#),
+            swept,
+        ),
+        scenario("a_second_signal_kills_at_once", Lab::new("twice").hosts(1).without_config(), twice),
+    ]);
+    trials
+}
+
+fn killed(lab: &mut Lab, tier: &str) -> Result<()> {
+    lab.bring_up(&[tier; 2])?;
+    let options = AgentOptions::new()?.datapath(tier);
+    let traffic = Traffic::start(lab)?;
+    let before = lab.host(1).status()?;
+    for _ in 0..3 {
+        lab.host_mut(1).agent_mut()?.crash()?;
+        sleep(SOON);
+        lab.host_mut(1).start_agent(&options)?;
+        lab.wait_connected()?;
+        sleep(Duration::from_millis(300));
+    }
+    traffic.stop_without_loss()?;
+    let after = lab.host(1).status()?;
+    ensure!(after.subnet == before.subnet && after.path() == tier, "{before:?} became {after:?}");
+    ensure!(
+        after.counted("encapsulated") > before.counted("encapsulated"),
+        "counters did not outlive the agent: {before:?} {after:?}"
+    );
+    Ok(())
+}
+
+fn killed_tun(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["tun"; 2])?;
+    let traffic = Traffic::start(lab)?;
+    lab.host_mut(1).agent_mut()?.crash()?;
+    sleep(Duration::from_millis(500));
+    let options = AgentOptions::new()?.datapath("tun");
+    lab.host_mut(1).start_agent(&options)?;
+    lab.wait_connected()?;
+    lab.ping_all_pairs(5)?;
+    // TCP waits longer after each attempt, up to seconds; it must come back.
+    sleep(Duration::from_secs(2));
+    traffic.stop().map(drop)
+}
+
+fn stopped(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["auto"; 2])?;
+    let host = lab.host(1);
+    let env = fs::read(host.files().subnet_env()).context("read subnet.env")?;
+    let leases = lab.datastore().leases()?;
+    let traffic = Traffic::start(lab)?;
+    lab.host(1).agent()?.signal(Signal::SIGTERM)?;
+    let status = lab.host_mut(1).agent_mut()?.wait_end(Duration::from_secs(5))?;
+    ensure!(status.code() == Some(0), "ended with {status}");
+    sleep(SOON);
+    traffic.stop_without_loss()?;
+    let host = lab.host(1);
+    ensure!(fs::read(host.files().subnet_env()).context("read subnet.env")? == env);
+    ensure!(lab.datastore().leases()? == leases, "the lease was given up");
+    ensure!(host.netns().has_device("flannel0"));
+    Ok(())
+}
+
+fn change_tiers(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["xdp"; 2])?;
+    let options = AgentOptions::new()?;
+    let traffic = Traffic::start(lab)?;
+    for tier in ["tc", "xdp", "tc", "xdp"] {
+        lab.host_mut(1).start_agent(&options.clone().datapath(tier))?;
+        lab.wait_connected()?;
+        let taken = lab.host(1).status()?;
+        ensure!(taken.path() == tier, "asked for {tier}: {:?}", taken.tunnels);
+        sleep(Duration::from_millis(300));
+    }
+    let (lost, _) = traffic.stop()?;
+    ensure!(lost == 0, "{lost} pings lost");
+    Ok(())
+}
+
+fn same_subnet(lab: &mut Lab) -> Result<()> {
+    let options = AgentOptions::new()?;
+    lab.host_mut(0).start_agent(&options)?.wait_ready()?;
+    let first = lab.host(0).agent()?.subnet_env()?;
+
+    // By address: the lease in etcd names us.
+    lab.host_mut(0).agent_mut()?.crash()?;
+    fs::remove_file(lab.host(0).files().subnet_env()).context("remove subnet.env")?;
+    lab.host_mut(0).start_agent(&options)?.wait_ready()?;
+    ensure!(lab.host(0).agent()?.subnet_env()? == first);
+
+    // By subnet.env: etcd has forgotten everything.
+    lab.host_mut(0).agent_mut()?.crash()?;
+    lab.datastore().delete(&format!("subnets/{}", first.key()))?;
+    lab.host_mut(0).start_agent(&options)?.wait_ready()?;
+    ensure!(lab.host(0).agent()?.subnet_env()? == first);
+    ensure!(lab.datastore().leases()?.iter().any(|(key, _)| *key == first.key()));
+    Ok(())
+}
+
+fn swept(lab: &mut Lab) -> Result<()> {
+    let options = AgentOptions::new()?;
+    lab.bring_up_with(&[options.clone(), options.clone()])?;
+    let gone = lab.host(1).agent()?.subnet_env()?;
+    lab.host_mut(0).agent_mut()?.crash()?;
+    lab.host_mut(1).agent_mut()?.crash()?;
+    lab.datastore().delete(&format!("subnets/{}", gone.key()))?;
+    // Somebody else's route to somewhere else: not ours to sweep.
+    lab.host(0).netns().ip("route add 10.77.0.0/24 via 10.99.0.1")?;
+    ensure!(lab.host(0).netns().ip("route show")?.contains(&gone.base().to_string()));
+    lab.host_mut(0).start_agent(&options)?.wait_ready()?;
+    let routes = lab.host(0).netns().ip("route show")?;
+    ensure!(
+        !routes.contains(&gone.base().to_string()),
+        "the route to a peer that left is still there:\n{routes}"
+    );
+    ensure!(routes.contains("10.77.0.0/24"), "a route that is not ours was swept:\n{routes}");
+    ensure!(lab.host(0).status()?.networks == [NETWORK]);
+    let report = Ping::new(lab.host(0).netns(), lab.host(1).address()).run()?;
+    ensure!(report.lost() == 0, "{report}");
+    Ok(())
+}
+
+fn twice(lab: &mut Lab) -> Result<()> {
+    // Waiting for a configuration that does not come.
+    lab.host_mut(0).start_agent(&AgentOptions::new()?)?;
+    sleep(SOON);
+    lab.host(0).agent()?.signal(Signal::SIGINT)?;
+    // Either the first was enough, or the second is.
+    let _ = lab.host(0).agent()?.signal(Signal::SIGINT);
+    lab.host_mut(0).agent_mut()?.wait_end(SOON).map(drop)
+}

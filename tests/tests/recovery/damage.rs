@@ -1,0 +1,188 @@
+//! Somebody deletes or changes what is ours; it is back within a second.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use flannel_tests::{
+    probe::ping::Ping,
+    scenario::scenario,
+    topology::{Host, Lab},
+};
+use libtest_mimic::Trial;
+
+use crate::SOON;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for tier in ["xdp", "tc", "tun"] {
+        trials.push(scenario(
+            format!("a_damaged_device_address_or_route_is_back_within_a_second_over_{tier}"),
+            Lab::new(&format!("damage-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                devices(lab, tier)
+            },
+        ));
+        trials.push(scenario(
+            format!("an_underlay_that_went_away_and_came_back_carries_again_over_{tier}"),
+            Lab::new(&format!("underlay-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                underlay(lab, tier)
+            },
+        ));
+    }
+    for tier in ["xdp", "tc"] {
+        trials.push(scenario(
+            format!("a_detached_program_is_attached_again_within_a_second_over_{tier}"),
+            Lab::new(&format!("detached-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                links(lab, tier, Damage::Detached)
+            },
+        ));
+        trials.push(scenario(
+            format!("a_removed_pin_is_back_within_a_second_over_{tier}"),
+            Lab::new(&format!("unpinned-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                links(lab, tier, Damage::Unpinned)
+            },
+        ));
+    }
+    trials
+}
+
+/// Waits until pods reach each other again; how long it took.
+fn reachable(lab: &Lab, limit: Duration) -> Result<Duration> {
+    let (from, to) = (&lab.host(0).pod()?.netns, lab.host(1).pod()?.address);
+    let started = Instant::now();
+    loop {
+        let report = Ping::new(from, to).count(1).option("-W0.2").run()?;
+        if report.received == 1 {
+            return Ok(started.elapsed());
+        }
+        ensure!(started.elapsed() < limit, "no ping passes within {limit:?}: {report}");
+    }
+}
+
+fn devices(lab: &mut Lab, tier: &str) -> Result<()> {
+    let base = lab.host(1).agent()?.subnet_env()?.base();
+    let address = format!("{base}/32");
+    let damages = [
+        ("route del 10.244.0.0/16 dev flannel0", "ip route show dev flannel0", "10.244.0.0/16"),
+        ("route replace 10.244.0.0/16 via 10.99.0.1", "ip route show dev flannel0", "10.244.0.0/16"),
+        ("addr flush dev flannel0", "ip addr show dev flannel0", address.as_str()),
+        ("link set flannel0 mtu 1300", "ip link show dev flannel0", "mtu 1472"),
+        ("link set flannel0 down", "ip route show dev flannel0", "10.244.0.0/16"),
+        ("link del flannel0", "ip route show dev flannel0", "10.244.0.0/16"),
+    ];
+    for (damage, command, pattern) in damages {
+        let host = lab.host(1);
+        host.netns().ip(damage)?;
+        host.wait_output(command, pattern, SOON).with_context(|| format!("after `ip {damage}`"))?;
+        reachable(lab, SOON).with_context(|| format!("after `ip {damage}`"))?;
+        let status = lab.host(1).status()?;
+        ensure!(status.path() == tier, "after `ip {damage}`: {:?}", status.tunnels);
+        lab.ping_all_pairs(5).with_context(|| format!("after `ip {damage}`"))?;
+    }
+    Ok(())
+}
+
+/// The cable is pulled; then the device itself is made anew, as by a driver's restart.
+fn underlay(lab: &mut Lab, tier: &str) -> Result<()> {
+    let limit = Duration::from_secs(3);
+    let host = lab.host(1);
+    host.netns().ip("link set eth0 down")?;
+    sleep(Duration::from_millis(300));
+    host.netns().ip("link set eth0 up")?;
+    reachable(lab, limit).context("after eth0 was down")?;
+
+    let host = lab.host(1);
+    let address = host.address();
+    host.netns().ip("link del eth0")?;
+    sleep(Duration::from_millis(300));
+    host.netns().ip(&format!(
+        "link add eth0 mtu 1500 type veth peer name sw-h2 mtu 1500 netns {}",
+        lab.switch().path()
+    ))?;
+    lab.switch().ip("link set sw-h2 master br0 up")?;
+    host.netns().ip(&format!("addr add {address}/24 dev eth0"))?;
+    host.netns().ip("link set eth0 up")?;
+    host.netns().ip("route replace default via 10.99.0.1 dev eth0")?;
+    reachable(lab, limit).context("after eth0 was made anew")?;
+    let status = lab.host(1).agent()?.wait_status(&format!("tier {tier} again"), |s| s.path() == tier)?;
+    let (word, before) = match tier {
+        "xdp" => ("decap_xdp", status.counted("decap_xdp")),
+        "tc" => ("decap_tc", status.counted("decap_tc")),
+        _ => ("decap_user", status.counted("decap_user")),
+    };
+    lab.ping_all_pairs(5)?;
+    let after = lab.host(1).status()?.counted(word);
+    ensure!(after >= before + 10, "{word} grew from {before} to {after} only: another way carries");
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Damage {
+    Detached,
+    Unpinned,
+}
+
+fn links(lab: &mut Lab, tier: &str, damage: Damage) -> Result<()> {
+    let host = lab.host(1);
+    let pins = pinned_links(host.bpffs().context("no bpffs was mounted")?)?;
+    ensure!(pins.len() >= 2, "only {pins:?} pinned");
+    for pin in pins {
+        let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let old = link_id(host, &pin)?;
+        match damage {
+            Damage::Detached => {
+                host.netns().output(&format!("bpftool link detach pinned {}", pin.display()))?;
+            }
+            Damage::Unpinned => fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?,
+        }
+        let started = Instant::now();
+        loop {
+            // A link that was only unpinned may live on under the same id.
+            match (link_id(host, &pin), damage) {
+                (Ok(id), Damage::Detached) if id != old => break,
+                (Ok(_), Damage::Unpinned) => break,
+                (state, _) if started.elapsed() > SOON => {
+                    bail!("{name} is not back within {SOON:?}: {state:?}, was {old}")
+                }
+                _ => sleep(Duration::from_millis(10)),
+            }
+        }
+        reachable(lab, SOON).with_context(|| name.clone())?;
+        lab.ping_all_pairs(5).with_context(|| name.clone())?;
+        let status = host.status()?;
+        ensure!(status.path() == tier, "after {name}: {:?}", status.tunnels);
+    }
+    Ok(())
+}
+
+fn pinned_links(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(pinned_links(&path)?);
+        } else if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("link_")) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn link_id(host: &Host, pin: &Path) -> Result<u32> {
+    let text = host.netns().output(&format!("bpftool link show pinned {}", pin.display()))?;
+    let number = text.split(':').next().unwrap_or_default().trim();
+    number.parse().with_context(|| format!("bpftool prints no id: {text}"))
+}
