@@ -1,6 +1,6 @@
 //! flags → parts → run → exit code.
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use flannel_agent::cli::{self, Command, Parsed, Settings, Stream};
@@ -32,7 +32,12 @@ fn log_to_stderr(settings: &Settings) {
     let level = settings.verbosity.level();
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new(format!("warn,flannel_agent={level}")));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
 }
 
 fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {

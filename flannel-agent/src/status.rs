@@ -22,8 +22,8 @@ pub struct Status {
     pub version: String,
     pub pid: u32,
     pub interface: InterfaceStatus,
-    /// Networks of the overlay, one per address family.
-    pub networks: Vec<String>,
+    /// The overlay's IPv4 network, else its IPv6 one.
+    pub network: String,
     /// Our lease, as in the lease key (`10.244.3.0-24`).
     pub lease: String,
     /// Our IPv4 subnet, else the IPv6 one.
@@ -51,6 +51,7 @@ pub struct InterfaceStatus {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PeerStatus {
+    /// Its IPv4 subnet, else its IPv6 one.
     pub subnet: String,
     pub public_ip: IpAddr,
 }

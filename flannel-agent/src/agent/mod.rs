@@ -304,10 +304,7 @@ impl<H: Host> Agent<H> {
             return;
         }
         let env = SubnetEnv {
-            networks: Subnets {
-                v4: self.node.config.v4.map(|range| range.network),
-                v6: self.node.config.v6.map(|range| range.network),
-            },
+            networks: networks(&self.node.config),
             subnets: self.node.lease.subnets,
             mtu: self.node.backend.mtu(),
             ip_masq: false,
@@ -338,13 +335,6 @@ impl<H: Host> Agent<H> {
     fn status(&self) -> Status {
         let Node { config, interface, lease, .. } = &self.node;
         let not_ready = self.health.reasons();
-        let subnet = match (lease.subnets.v4, lease.subnets.v6) {
-            (Some(v4), _) => v4.to_string(),
-            (None, Some(v6)) => v6.to_string(),
-            (None, None) => String::new(),
-        };
-        let v4 = config.v4.map(|range| range.network.to_string());
-        let v6 = config.v6.map(|range| range.network.to_string());
         Status {
             version: crate::cli::VERSION.to_owned(),
             pid: std::process::id(),
@@ -354,9 +344,9 @@ impl<H: Host> Agent<H> {
                 public_ip: interface.public_ip.into(),
                 mtu: interface.mtu,
             },
-            networks: v4.into_iter().chain(v6).collect(),
+            network: cidr(networks(config)),
             lease: lease.subnets.to_string(),
-            subnet,
+            subnet: cidr(lease.subnets),
             lease_expires_in: lease
                 .expires
                 .map(|expires| expires.saturating_duration_since(Instant::now()).as_secs()),
@@ -368,7 +358,7 @@ impl<H: Host> Agent<H> {
                 .peers
                 .iter()
                 .map(|peer| PeerStatus {
-                    subnet: peer.subnets.to_string(),
+                    subnet: cidr(peer.subnets),
                     public_ip: match (peer.subnets.v4, peer.attrs.public_ipv6) {
                         (None, Some(v6)) => v6.into(),
                         _ => peer.attrs.public_ip.into(),
@@ -401,6 +391,16 @@ fn no_peers(node: &Node) -> Peers {
         .chain(interface.public_ipv6.map(IpAddr::from))
         .collect();
     Peers::new(&node.lease, &node.config, &own)
+}
+
+fn networks(config: &NetworkConfig) -> Subnets {
+    Subnets { v4: config.v4.map(|range| range.network), v6: config.v6.map(|range| range.network) }
+}
+
+/// The IPv4 part, else the IPv6 part, as `address/length`.
+fn cidr(subnets: Subnets) -> String {
+    let v4 = subnets.v4.map(|net| net.to_string());
+    v4.or_else(|| subnets.v6.map(|net| net.to_string())).unwrap_or_default()
 }
 
 fn after(wait: Duration) -> TokioInstant {

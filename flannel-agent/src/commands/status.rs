@@ -8,7 +8,7 @@ use comfy_table::{Table, presets};
 use crate::cli::StatusCommand;
 use crate::status::{self, Status};
 
-/// Exit code 0 when the agent is ready, 1 when it is not or does not answer.
+/// Exit code 0 when the agent answered, ready or not; 1 when it did not.
 pub async fn run(command: &StatusCommand) -> ExitCode {
     let status = match status::read(&command.socket).await {
         Ok(status) => status,
@@ -29,7 +29,7 @@ pub async fn run(command: &StatusCommand) -> ExitCode {
         human(&status)
     };
     print!("{text}");
-    if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    ExitCode::SUCCESS
 }
 
 fn human(status: &Status) -> String {
@@ -39,10 +39,7 @@ fn human(status: &Status) -> String {
     let _ = writeln!(
         text,
         "flannel-agent {} (pid {}), backend {}, network {}",
-        status.version,
-        status.pid,
-        status.backend,
-        status.networks.join(" and "),
+        status.version, status.pid, status.backend, status.network,
     );
     let _ = write!(text, "lease     {}", status.lease);
     let _ = match status.lease_expires_in {

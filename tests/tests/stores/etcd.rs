@@ -1,8 +1,7 @@
 //! What only a server on a network can do: die, hang, forget its history, ask for a password.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,11 +10,10 @@ use flannel_agent::domain::lease::LeaseEvent;
 use flannel_agent::stores::etcd::{EtcdOptions, EtcdStore};
 use flannel_agent::stores::{LeaseStore, StoreError};
 use flannel_tests::etcd::{Authority, Certificate, Etcd, ServerTls, Setup, free_port};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use tokio::net::TcpListener;
 
 use crate::ground::{Events, Ground, first, interrupted, network, next, next_within, request, subnets};
+use crate::relay::Relay;
 
 pub(crate) const PASSWORD: &str = "correct-horse-battery";
 const PEER: &str = r#"{"PublicIP":"192.0.2.9","PublicIPv6":null}"#;
@@ -159,7 +157,7 @@ pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snaps
     ground.put("10.5.2.0-24", &PEER.replace("2.9", "2.8"), None).await?;
     let Ground::Etcd { options, client, .. } = &ground else { unreachable!() };
     let relay = Relay::start(etcd.address()).await?;
-    let node = EtcdStore::connect(&EtcdOptions { endpoints: vec![relay.endpoint()], ..options.clone() })?;
+    let node = EtcdStore::connect(&EtcdOptions { endpoints: vec![relay.endpoint()], ..(**options).clone() })?;
     // Opens the connection, so that the next large answer is the list.
     ensure!(matches!(node.network_config().await, Err(StoreError::NoConfig { .. })));
     relay.hold_requests_after_the_next_answer();
@@ -300,10 +298,12 @@ pub(crate) async fn mutual_tls_works_and_says_what_is_missing() -> Result<()> {
         (with(&foreign), "--etcd-certfile"),
         (EtcdOptions { ca_file: Some(stranger.ca()), ..with(&client) }, "--etcd-cafile"),
         (EtcdOptions { ca_file: None, ..with(&client) }, "--etcd-cafile"),
-        (EtcdOptions { endpoints: vec![format!("http://{}", etcd.address())], ..with(&client) }, ""),
+        (
+            EtcdOptions { endpoints: vec![format!("http://{}", etcd.address())], ..with(&client) },
+            "write https://",
+        ),
     ] {
         let error = EtcdStore::connect(&options)?.network_config().await.unwrap_err().to_string();
-        eprintln!("{error}");
         ensure!(error.contains(wanted), "{wanted}: {error}");
     }
 
@@ -447,6 +447,38 @@ pub(crate) async fn our_lease_written_by_another_has_its_true_end() -> Result<()
     Ok(())
 }
 
+/// A restored backup, or an operator's transaction: a revision is no name.
+pub(crate) async fn leases_written_at_one_revision_are_told_apart() -> Result<()> {
+    let etcd = start().await?;
+    let mut client = Client::connect([etcd.endpoint()], None).await?;
+    let own = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#;
+    let folder = "/coreos.com/network/subnets";
+    let put = |third: u8, value: &str| TxnOp::put(format!("{folder}/10.5.{third}.0-24"), value, None);
+    client.txn(Txn::new().and_then([put(3, PEER), put(4, own), put(5, PEER)])).await?;
+    let node = store(&[etcd.endpoint()])?;
+    assert_eq!(
+        node.acquire(&request(&network("10.5.9.0"), "192.0.2.1")).await?.subnets,
+        subnets("10.5.4.0-24")
+    );
+    // It no longer fits: it and nothing else is deleted.
+    client.txn(Txn::new().and_then([put(3, PEER), put(4, own), put(5, PEER)])).await?;
+    assert_eq!(
+        node.acquire(&request(&network("10.5.2.0"), "192.0.2.1"))
+            .await?
+            .subnets
+            .v4
+            .map(|net| net.addr().octets()[2] < 3),
+        Some(true)
+    );
+    for (third, count) in [(3, 1), (4, 0), (5, 1)] {
+        let key = format!("{folder}/10.5.{third}.0-24");
+        let found = client.get(key, None).await?;
+        assert_eq!(found.count(), count);
+        ensure!(found.kvs().iter().all(|kv| kv.value() == PEER.as_bytes()), "a peer's lease was overwritten");
+    }
+    Ok(())
+}
+
 pub(crate) async fn keys_outside_the_folder_are_not_ours() -> Result<()> {
     let etcd = start().await?;
     let mut client = Client::connect([etcd.endpoint()], None).await?;
@@ -499,106 +531,4 @@ pub(crate) async fn nothing_that_cannot_work_is_accepted() -> Result<()> {
         ensure!(error.contains(wanted), "{error}");
     }
     Ok(())
-}
-
-/// A TCP relay in front of etcd that can hold what passes.
-struct Relay {
-    address: SocketAddr,
-    state: Arc<RelayState>,
-    _tasks: JoinSet<()>,
-}
-
-#[derive(Default)]
-struct RelayState {
-    connections: AtomicU32,
-    armed: AtomicBool,
-    holding: Arc<AtomicBool>,
-    stalled: AtomicBool,
-}
-
-impl Relay {
-    async fn start(target: SocketAddr) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = listener.local_addr()?;
-        let state = Arc::new(RelayState::default());
-        let shared = state.clone();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((near, _)) = listener.accept().await {
-                shared.connections.fetch_add(1, Ordering::SeqCst);
-                let Ok(far) = TcpStream::connect(target).await else { continue };
-                let (near_read, near_write) = near.into_split();
-                let (far_read, far_write) = far.into_split();
-                connections.spawn(shared.clone().pass_requests(near_read, far_write));
-                connections.spawn(shared.clone().pass_answers(far_read, near_write));
-            }
-        });
-        Ok(Self { address, state, _tasks: tasks })
-    }
-
-    fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
-    }
-
-    fn connections(&self) -> u32 {
-        self.state.connections.load(Ordering::SeqCst)
-    }
-
-    /// The next answer with a list in it passes, and nothing the client sends after it.
-    fn hold_requests_after_the_next_answer(&self) {
-        self.state.armed.store(true, Ordering::SeqCst);
-    }
-
-    fn is_holding(&self) -> Arc<AtomicBool> {
-        self.state.holding.clone()
-    }
-
-    /// Nothing passes, in neither direction.
-    fn stall(&self) {
-        self.state.stalled.store(true, Ordering::SeqCst);
-    }
-
-    fn release(&self) {
-        self.state.stalled.store(false, Ordering::SeqCst);
-        self.state.holding.store(false, Ordering::SeqCst);
-    }
-}
-
-impl RelayState {
-    async fn pass_requests(
-        self: Arc<Self>,
-        mut from: tokio::net::tcp::OwnedReadHalf,
-        mut to: tokio::net::tcp::OwnedWriteHalf,
-    ) {
-        let mut buffer = vec![0; 64 * 1024];
-        while let Ok(length @ 1..) = from.read(&mut buffer).await {
-            while self.holding.load(Ordering::SeqCst) || self.stalled.load(Ordering::SeqCst) {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-            if to.write_all(&buffer[..length]).await.is_err() {
-                return;
-            }
-        }
-    }
-
-    async fn pass_answers(
-        self: Arc<Self>,
-        mut from: tokio::net::tcp::OwnedReadHalf,
-        mut to: tokio::net::tcp::OwnedWriteHalf,
-    ) {
-        const ENTRIES: usize = 150;
-        let mut buffer = vec![0; 64 * 1024];
-        while let Ok(length @ 1..) = from.read(&mut buffer).await {
-            if length > ENTRIES && self.armed.swap(false, Ordering::SeqCst) {
-                self.holding.store(true, Ordering::SeqCst);
-            }
-            while self.stalled.load(Ordering::SeqCst) {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-            if to.write_all(&buffer[..length]).await.is_err() {
-                return;
-            }
-        }
-    }
 }

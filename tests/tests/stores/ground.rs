@@ -21,7 +21,7 @@ pub(crate) type Events = BoxStream<'static, LeaseEvent>;
 
 pub(crate) enum Ground {
     Memory(MemoryStore),
-    Etcd { options: EtcdOptions, client: Client, prefix: String },
+    Etcd { options: Box<EtcdOptions>, client: Box<Client>, prefix: String },
 }
 
 impl Ground {
@@ -36,7 +36,8 @@ impl Ground {
             prefix: prefix.clone(),
             ..EtcdOptions::default()
         };
-        Ok(Self::Etcd { options, client: Client::connect([etcd.endpoint()], None).await?, prefix })
+        let options = Box::new(options);
+        Ok(Self::Etcd { options, client: Box::new(Client::connect([etcd.endpoint()], None).await?), prefix })
     }
 
     /// The store as one more node opens it.

@@ -12,7 +12,7 @@ use flannel_agent::{
 };
 
 use crate::{
-    rig::{self, A, B, DEVICE, Half, Rig, config, eventually, start},
+    rig::{self, A, B, DEVICE, Half, Rig, config, drops, eventually, start},
     traffic::{echo, tcp_both_ways},
 };
 
@@ -46,6 +46,20 @@ pub(crate) fn a_restarted_tunnel_takes_the_same_device_over() -> Result<()> {
     rig.a.run(|| ensure_device(DEVICE))?;
     echo(&client, &server)?;
     tcp_both_ways(&rig, 1 << 20)
+}
+
+pub(crate) fn a_device_that_was_down_carries_packets_again() -> Result<()> {
+    let (rig, a, b) = Rig::joined(Role::WholePath)?;
+    rig.b.ip(&format!("link set {DEVICE} down"))?;
+    let client = rig::udp(&rig.a, A.pod, 7000)?;
+    client.send_to(b"lost", (B.pod, 7001))?;
+    eventually("the packet can't be delivered", || drops(&b) == [("send_failed", 1)])?;
+    rig.b.ip(&format!("link set {DEVICE} up"))?;
+    rig.b.ip(&format!("route add 10.244.0.0/16 dev {DEVICE} src {}", B.pod))?;
+    for tunnel in [&a, &b] {
+        tunnel.is_running().map_err(|e| anyhow!(e))?;
+    }
+    echo(&client, &rig::udp(&rig.b, B.pod, 7001)?)
 }
 
 pub(crate) fn a_deleted_device_ends_the_tunnel() -> Result<()> {

@@ -20,7 +20,7 @@ use libtest_mimic::{Failed, Trial};
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 22] = [
+    let tests: [(&str, Test); 23] = [
         ("a_datagram_crosses_and_costs_two_hops", traffic::a_datagram_crosses_and_costs_two_hops),
         ("tcp_arrives_byte_for_byte_in_every_role", traffic::tcp_arrives_byte_for_byte_in_every_role),
         ("tcp_arrives_byte_for_byte_without_underlay_offloads", traffic::tcp_without_underlay_offloads),
@@ -48,6 +48,7 @@ fn main() -> ExitCode {
             "a_restarted_tunnel_takes_the_same_device_over",
             life::a_restarted_tunnel_takes_the_same_device_over,
         ),
+        ("a_device_that_was_down_carries_packets_again", life::a_device_that_was_down_carries_packets_again),
         ("a_deleted_device_ends_the_tunnel_with_a_reason", life::a_deleted_device_ends_the_tunnel),
         ("a_device_of_another_kind_is_refused_by_its_kind", life::a_device_of_another_kind_is_refused),
         ("a_tunnel_stops_promptly_under_load", life::a_tunnel_stops_promptly_under_load),

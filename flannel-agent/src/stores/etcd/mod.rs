@@ -205,15 +205,16 @@ impl EtcdStore {
                     (subnets, self.registry.create(&key, attrs.to_json(), LEASE_TTL).await)
                 }
                 Choice::Reuse(lease) => {
-                    let Some(entry) = entries.iter().find(|entry| entry.revision == lease.revision) else {
+                    let key = self.key(lease.subnets);
+                    let Some(entry) = entries.iter().find(|entry| entry.key == key) else {
                         return Ok(None);
                     };
                     attrs.keep_unknown_of(&lease.attrs);
                     (lease.subnets, self.registry.update(entry, attrs.to_json(), ttl_like(entry)).await)
                 }
                 Choice::Delete(lease) => {
-                    let Some(index) = entries.iter().position(|entry| entry.revision == lease.revision)
-                    else {
+                    let key = self.key(lease.subnets);
+                    let Some(index) = entries.iter().position(|entry| entry.key == key) else {
                         return Ok(None);
                     };
                     tracing::warn!(

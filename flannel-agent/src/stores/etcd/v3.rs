@@ -236,18 +236,17 @@ impl Server {
             Some(
                 INVALID_ARGUMENT | PERMISSION_DENIED | UNAUTHENTICATED | FAILED_PRECONDITION | UNIMPLEMENTED,
             ) => Fault::Lasting(text),
-            // With TLS 1.3 a server that refuses the client just hangs up after the handshake.
-            _ if self.endpoint.tls.is_some()
-                && (code == Some(CANCELLED) || text.contains("connection closed")) =>
-            {
-                Fault::Passing(match self.endpoint.has_client_cert {
-                    true => format!("{text}; it may not accept the certificate of --etcd-certfile"),
-                    false => {
-                        format!(
-                            "{text}; it may want a client certificate, give --etcd-certfile and --etcd-keyfile"
-                        )
+            // A client that speaks plain HTTP to TLS is hung up on, and with TLS 1.3 so is one whose certificate is
+            // missing or refused, after a handshake that went well.
+            _ if code == Some(CANCELLED) || hung_up(&text) => {
+                let hint = match (&self.endpoint.tls, self.endpoint.has_client_cert) {
+                    (None, _) => "if it speaks TLS, write https:// in --etcd-endpoints",
+                    (Some(_), true) => "it may not accept the certificate of --etcd-certfile",
+                    (Some(_), false) => {
+                        "it may want a client certificate, give --etcd-certfile and --etcd-keyfile"
                     }
-                })
+                };
+                Fault::Passing(format!("{text}; {hint}"))
             }
             _ => Fault::Passing(text),
         }
@@ -447,6 +446,12 @@ fn text(key: &[u8]) -> String {
 /// Revisions and times are never negative; what is, counts as nothing.
 fn unsigned(number: i64) -> u64 {
     u64::try_from(number).unwrap_or_default()
+}
+
+fn hung_up(text: &str) -> bool {
+    ["broken pipe", "connection closed", "onnection reset", "http2 error"]
+        .iter()
+        .any(|sign| text.contains(sign))
 }
 
 fn is_auth_off(error: &Error) -> bool {

@@ -71,8 +71,8 @@ pub fn ensure_device(name: &str) -> Result<(), HostError> {
     Ok(())
 }
 
-/// Opens a queue of the device, with every offload this kernel's TUN has. Creates the device when
-/// it does not exist; it then vanishes with the queue.
+/// Opens a queue of the device, with every offload this kernel's TUN has. Creates the device when it does not exist; it
+/// then vanishes with the queue.
 pub(super) fn open_queue(name: &str) -> Result<Queue, HostError> {
     let mut request = request(name)?;
     let queue = OpenOptions::new()

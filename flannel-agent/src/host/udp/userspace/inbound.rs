@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, IoSlice},
     os::fd::AsFd,
+    sync::Mutex,
     time::Instant,
 };
 
@@ -14,8 +15,9 @@ use flannel_common::{
 use nix::poll::PollFlags;
 
 use super::{
-    Shared, Wake,
+    Progress, Shared, Wake,
     merge::Merger,
+    outbound::Outbound,
     packet::{head_mut, whole},
     peers::PeerTable,
     rate_limit::RateLimit,
@@ -27,36 +29,62 @@ const LINES: (u32, u32) = (1, 3);
 /// Pause after an error that may last, such as no memory.
 const PAUSE_MS: u8 = 10;
 
+/// Bytes received at once that are too few to be a bulk transfer: a request, an answer, an acknowledgement.
+const LITTLE: usize = 4096;
+
 /// Runs until the tunnel is stopped.
-pub(super) fn run(shared: &Shared) -> Result<(), String> {
-    let mut inbox = Inbox::new();
-    let mut lines = RateLimit::new(LINES.0, LINES.1, Instant::now());
+///
+/// The kernel often answers within the call that delivers: the answer then waits on the device already, and sending it
+/// from here saves waking the other thread. Under load that thread has the lock, and both directions work at once.
+pub(super) fn run(shared: &Shared, outbound: &Mutex<Outbound>) -> Result<(), String> {
+    let mut inbound = Inbound::new(shared);
     loop {
         if shared.stop.or(shared.socket.as_fd(), PollFlags::POLLIN)? == Wake::Stop {
             return Ok(());
         }
-        loop {
+        let mut progress = Progress::More;
+        while progress == Progress::More {
             if shared.stop.is_set() {
                 return Ok(());
             }
-            inbox.expect(shared.role().udp_gro());
-            match shared.socket.receive(&mut inbox) {
-                Ok(()) => deliver_all(shared, &mut inbox, &mut lines),
-                Err(e) => match e.kind() {
-                    ErrorKind::WouldBlock => break,
-                    ErrorKind::Interrupted => continue,
-                    _ => {
-                        if lines.allows(Instant::now()) {
-                            tracing::warn!(device = shared.name, "receiving from the tunnel's socket: {e}");
-                        }
-                        shared.stop.or_after(PAUSE_MS);
-                    }
-                },
-            }
-            if !inbox.is_full() {
-                break;
+            progress = inbound.step();
+        }
+        if inbound.inbox.bytes() <= LITTLE
+            && let Ok(mut outbound) = outbound.try_lock()
+        {
+            outbound.step()?;
+        }
+    }
+}
+
+/// This direction and what it holds from one step to the next.
+struct Inbound<'s> {
+    shared: &'s Shared,
+    inbox: Inbox,
+    lines: RateLimit,
+}
+
+impl<'s> Inbound<'s> {
+    fn new(shared: &'s Shared) -> Self {
+        Self { shared, inbox: Inbox::new(), lines: RateLimit::new(LINES.0, LINES.1, Instant::now()) }
+    }
+
+    /// Delivers what waits on the socket, at most one call's worth.
+    fn step(&mut self) -> Progress {
+        let shared = self.shared;
+        self.inbox.expect(shared.role().udp_gro());
+        match shared.socket.receive(&mut self.inbox) {
+            Ok(()) => deliver_all(shared, &mut self.inbox, &mut self.lines),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => return Progress::More,
+            Err(e) => {
+                if self.lines.allows(Instant::now()) {
+                    tracing::warn!(device = shared.name, "receiving from the tunnel's socket: {e}");
+                }
+                shared.stop.or_after(PAUSE_MS);
             }
         }
+        if self.inbox.is_full() { Progress::More } else { Progress::Idle }
     }
 }
 

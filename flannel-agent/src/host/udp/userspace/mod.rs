@@ -6,16 +6,20 @@
 //! destinations are answered with ICMP net-unreachable.
 //!
 //! It is not flanneld's speed, because most of its time went into one system call per packet. The device hands over TCP
-//! packets of up to 64 KiB; [`segment`] cuts them, [`socket`] sends the pieces with one call (`UDP_SEGMENT`), receives
-//! merged datagrams (`UDP_GRO`), and [`merge`] gives the kernel large TCP packets again. A kernel that lacks one of
+//! packets of up to 64 KiB; `segment.rs` cuts them, `socket.rs` sends the pieces with one call (`UDP_SEGMENT`), receives
+//! merged datagrams (`UDP_GRO`), and `merge.rs` gives the kernel large TCP packets again. A kernel that lacks one of
 //! these is detected, and that step is done packet by packet.
 //!
-//! Everything that looks into packets is pure and tested by tables and properties; [`device`] and [`socket`] are the
+//! Two threads give throughput, one thread would give latency: a packet that answers what was just delivered, such as
+//! an echo reply, would not wait for another thread to wake up. So the thread that delivers little looks at the other
+//! direction right afterwards (`inbound.rs`).
+//!
+//! Everything that looks into packets is pure and tested by tables and properties; `device.rs` and `socket.rs` are the
 //! only files that talk to the kernel. All content of packets is untrusted. Counters are those of
 //! `flannel_common::counter`, so that all tiers can be added up.
 //!
 //! ```text
-//! flannel0 ─ read ─► checksum · peer? · TTL−1 · cut ─► sendmsg ─► wire         outbound.rs
+//! flannel0 ─ read ─► checksum · peer? · TTL−1 · cut ─► sendmsg ─► wire           outbound.rs
 //! flannel0 ◄ writev ─ merge ◄ TTL−1 · source check · lengths ◄─ recvmmsg ─ wire  inbound.rs
 //! ```
 
@@ -60,6 +64,7 @@ use nix::{
 
 use device::Queue;
 pub use device::ensure_device;
+use outbound::Outbound;
 use peers::PeerTable;
 use socket::Socket;
 use tally::Tally;
@@ -159,14 +164,13 @@ impl UserTunnel {
 
         // Dropped on an early return, so that a first thread doesn't outlive a failed second one.
         let mut tunnel = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(2) };
-        let directions: [(&str, Direction); 2] =
-            [("tun-to-udp", outbound::run), ("udp-to-tun", inbound::run)];
-        for (name, run) in directions {
-            let shared = Arc::clone(&shared);
+        let outbound = Arc::new(Mutex::new(Outbound::new(Arc::clone(&shared))));
+        for (name, run) in [("tun-to-udp", outbound::run as Direction), ("udp-to-tun", inbound::run)] {
+            let (shared, outbound) = (Arc::clone(&shared), Arc::clone(&outbound));
             let thread = thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(move || {
-                    if let Err(reason) = run(&shared) {
+                    if let Err(reason) = run(&shared, &outbound) {
                         shared.fail(reason);
                     }
                 })
@@ -228,7 +232,14 @@ impl Drop for UserTunnel {
 }
 
 /// One thread's work: until the tunnel is stopped, or the reason why it can't go on.
-type Direction = fn(&Shared) -> Result<(), String>;
+type Direction = fn(&Shared, &Mutex<Outbound>) -> Result<(), String>;
+
+/// Whether a step ended because there was nothing left to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    More,
+    Idle,
+}
 
 /// What both threads and the owner use.
 #[derive(Debug)]

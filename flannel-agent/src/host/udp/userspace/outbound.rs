@@ -8,7 +8,7 @@ use std::{
     net::Ipv4Addr,
     ops::Range,
     os::fd::AsFd,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
@@ -16,7 +16,7 @@ use flannel_common::{counter::Counter, header::hop};
 use nix::poll::PollFlags;
 
 use super::{
-    Role, Shared, Wake,
+    Progress, Role, Shared, Wake,
     packet::{finish_checksum, head_mut, ip_version, whole},
     peers::Traffic,
     rate_limit::RateLimit,
@@ -36,12 +36,15 @@ const ANSWERS: (u32, u32) = (100, 100);
 const LINES: (u32, u32) = (1, 3);
 
 /// Runs until the tunnel is stopped.
-pub(super) fn run(shared: &Shared) -> Result<(), String> {
-    let mut outbound = Outbound::new(shared);
+pub(super) fn run(shared: &Shared, outbound: &Mutex<Outbound>) -> Result<(), String> {
     loop {
         let wake = shared.stop.or(shared.device.as_fd(), PollFlags::POLLIN)?;
-        if wake == Wake::Stop || outbound.drain()? == Wake::Stop {
-            return Ok(());
+        let mut progress = Progress::More;
+        while progress == Progress::More {
+            if shared.stop.is_set() {
+                return Ok(());
+            }
+            progress = outbound.lock().unwrap_or_else(PoisonError::into_inner).step()?;
         }
         if wake == Wake::Error {
             return Err(format!("device {} was deleted", shared.name));
@@ -49,15 +52,16 @@ pub(super) fn run(shared: &Shared) -> Result<(), String> {
     }
 }
 
-struct Outbound<'s> {
-    shared: &'s Shared,
+/// This direction and what it holds from one step to the next.
+pub(super) struct Outbound {
+    shared: Arc<Shared>,
     /// Packets as they were read, each behind its virtio header.
     arena: Vec<u8>,
     filled: usize,
     batch: Batch,
     heads: Vec<Head>,
     answers: RateLimit,
-    sender: Sender<'s>,
+    sender: Sender,
 }
 
 /// Packets in the arena that leave together: all but the last are `size` bytes long.
@@ -77,11 +81,11 @@ impl Batch {
     }
 }
 
-impl<'s> Outbound<'s> {
-    fn new(shared: &'s Shared) -> Self {
+impl Outbound {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
         let now = Instant::now();
         Self {
-            shared,
+            shared: Arc::clone(&shared),
             arena: vec![0; ARENA],
             filled: 0,
             batch: Batch { to: None, packets: Vec::with_capacity(BATCH), size: 0, total: 0 },
@@ -91,36 +95,33 @@ impl<'s> Outbound<'s> {
         }
     }
 
-    /// Sends everything that waits on the device.
-    fn drain(&mut self) -> Result<Wake, String> {
-        loop {
-            if self.shared.stop.is_set() {
-                return Ok(Wake::Stop);
-            }
+    /// Sends what waits on the device, at most one batch. An error means that the device is gone.
+    pub(super) fn step(&mut self) -> Result<Progress, String> {
+        let mut progress = Progress::More;
+        for _ in 0..BATCH {
             if self.batch.packets.is_empty() {
                 self.filled = 0;
             }
-            let Some(space) = self.arena.get_mut(self.filled..self.filled + READ_MAX) else {
-                self.flush()?;
-                continue;
-            };
+            let Some(space) = self.arena.get_mut(self.filled..self.filled + READ_MAX) else { break };
             match self.shared.device.read(space) {
                 Ok(length) => self.take(length)?,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    self.flush()?;
-                    return Ok(Wake::Ready);
+                    progress = Progress::Idle;
+                    break;
                 }
                 Err(e) => {
                     return Err(format!("reading from device {}: {e}; was it deleted?", self.shared.name));
                 }
             }
         }
+        self.flush()?;
+        Ok(progress)
     }
 
     /// Judges the packet of `length` bytes that was read behind what the arena holds.
     fn take(&mut self, length: usize) -> Result<(), String> {
-        let shared = self.shared;
+        let shared = Arc::clone(&self.shared);
         let count = |counter, bytes| shared.outbound.add(counter, 1, bytes);
         let (start, end) = (self.filled + vnet::LEN, self.filled + length);
         let read = self.arena.get_mut(self.filled..end).unwrap_or_default();
@@ -273,12 +274,12 @@ impl<'s> Outbound<'s> {
 }
 
 /// The socket, and the accounting of what it took.
-struct Sender<'s> {
-    shared: &'s Shared,
+struct Sender {
+    shared: Arc<Shared>,
     lines: RateLimit,
 }
 
-impl Sender<'_> {
+impl Sender {
     /// Sends at most [`BATCH`] datagrams, waiting for room in the socket's buffer.
     fn send(&mut self, node: Ipv4Addr, traffic: &Traffic, datagrams: Datagrams<'_>) -> Result<(), String> {
         let mut rest = datagrams;

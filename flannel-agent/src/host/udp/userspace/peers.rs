@@ -22,7 +22,7 @@ pub(super) struct Peer {
     pub(super) traffic: Arc<Traffic>,
 }
 
-/// Packets and bytes of inner packets, per direction. Each direction has one thread that writes.
+/// Packets and bytes of inner packets, per direction.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
     tx_packets: AtomicU64,

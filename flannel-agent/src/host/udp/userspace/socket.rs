@@ -293,6 +293,11 @@ impl Inbox {
         self.received == self.depth
     }
 
+    /// Bytes of the last [`Socket::receive`].
+    pub(super) fn bytes(&self) -> usize {
+        self.headers.iter().take(self.received).map(|header| header.msg_len as usize).sum()
+    }
+
     /// The messages of the last [`Socket::receive`].
     pub(super) fn messages(&mut self) -> impl Iterator<Item = Message<'_>> {
         let buffers = self.buffers.chunks_exact_mut(SLOT_STRIDE);

@@ -1,4 +1,4 @@
-//! Counters of one thread: only that thread writes, anyone reads.
+//! Counters of one direction, so that the two threads rarely write to the same cache line.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
