@@ -118,7 +118,7 @@ impl<H: Host> Agent<H> {
             () = tokio::time::sleep(FIRST_WORD) => {}
             event = events.next() => if let Some(event) = event { self.fold(event) },
         }
-        self.tenure.begin(&self.node.lease, Instant::now());
+        self.tenure.begin(&self.node.lease, now());
         let mut next_look = after(jittered(LOOK_AGAIN));
         let mut heartbeat = tokio::time::interval(Duration::from_secs(1));
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -127,7 +127,7 @@ impl<H: Host> Agent<H> {
                 self.fold(event);
             }
             self.reconcile().await;
-            self.health.turn(Instant::now());
+            self.health.turn(now());
             tokio::select! {
                 () = stop.cancelled() => return End::Stopped,
                 event = events.next() => if let Some(event) = event { self.fold(event) },
@@ -144,7 +144,7 @@ impl<H: Host> Agent<H> {
                         self.look().await;
                     }
                 }
-                turn = self.tenure.turn() => match self.tenure.take(turn, &self.node, Instant::now()) {
+                turn = self.tenure.turn() => match self.tenure.take(turn, &self.node, now()) {
                     Turn::Holds(lease) => {
                         self.node.lease = *lease;
                         self.health.done("lease");
@@ -185,7 +185,7 @@ impl<H: Host> Agent<H> {
         match folded.own {
             Some(OwnLease::Changed(lease)) if lease.revision >= self.node.lease.revision => {
                 self.node.lease = lease;
-                self.tenure.begin(&self.node.lease, Instant::now());
+                self.tenure.begin(&self.node.lease, now());
                 self.health.done("lease");
             }
             Some(OwnLease::Changed(_)) | None => {}
@@ -220,7 +220,7 @@ impl<H: Host> Agent<H> {
                 self.retries.looked();
             }
             Err(error) => {
-                if self.retries.could_not_look(Instant::now()) {
+                if self.retries.could_not_look(now()) {
                     tracing::error!("the host can't be read, trying again: {error}");
                 }
                 self.health.wait("host", error.to_string());
@@ -235,7 +235,7 @@ impl<H: Host> Agent<H> {
         for _ in 0..2 {
             let Some(applied) = self.applied.as_mut() else { return };
             let wanted = self.node.backend.desired(&self.node.lease, &self.peers);
-            let now = Instant::now();
+            let now = now();
             let mut changes = applied.changes_to(&wanted);
             let outstanding = changes.len();
             self.retries.forget_all_but(&changes);
@@ -277,7 +277,7 @@ impl<H: Host> Agent<H> {
                 return;
             }
         }
-        self.retries.soon(Instant::now());
+        self.retries.soon(now());
     }
 
     /// Says how far the host is from what is wanted, and publishes the subnet once its own part is in place.
@@ -324,7 +324,7 @@ impl<H: Host> Agent<H> {
             }
             Err(error) => {
                 let text = error.to_string();
-                if self.retries.could_not_publish(&text, Instant::now()) {
+                if self.retries.could_not_publish(&text, now()) {
                     tracing::error!("{text}");
                 }
                 self.health.wait("subnet.env", text);
@@ -349,7 +349,7 @@ impl<H: Host> Agent<H> {
             subnet: cidr(lease.subnets),
             lease_expires_in: lease
                 .expires
-                .map(|expires| expires.saturating_duration_since(Instant::now()).as_secs()),
+                .map(|expires| expires.saturating_duration_since(now()).as_secs()),
             backend: config.backend.name().to_owned(),
             mtu: self.node.backend.mtu(),
             ready: not_ready.is_empty(),
@@ -405,6 +405,11 @@ fn cidr(subnets: Subnets) -> String {
 
 fn after(wait: Duration) -> TokioInstant {
     TokioInstant::now() + wait
+}
+
+/// The loop's clock: monotonic, and one with the timers it waits on.
+fn now() -> Instant {
+    TokioInstant::now().into_std()
 }
 
 /// Give or take a fifth, so that nodes that started together drift apart.

@@ -101,7 +101,7 @@ impl Retries {
 
     /// Returns when something may be tried again. Cancel-safe.
     pub(super) async fn due(&self) {
-        let now = Instant::now();
+        let now = super::now();
         let next = self
             .failed
             .values()

@@ -1,1 +1,282 @@
+//! The loop against a store in memory and a host that only remembers.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::backends::{self, BackendContext};
+use crate::domain::host_state::{Key, TunnelOptions};
+use crate::host::fake::FakeHost;
+use crate::stores::LeaseRequest;
+use crate::stores::memory::MemoryStore;
+
+const DAY: Option<Duration> = Some(Duration::from_secs(86400));
+
+struct Running {
+    store: MemoryStore,
+    host: FakeHost,
+    health: Health,
+    ask: mpsc::Sender<Question>,
+    stop: CancellationToken,
+    task: JoinHandle<End>,
+    files: tempfile::TempDir,
+}
+
+impl Running {
+    /// A node at 192.0.2.1 with backend `backend`, whose host already looks like `host`.
+    async fn start(backend: &str, host: FakeHost) -> Self {
+        let text = format!(r#"{{"Network":"10.1.0.0/16","Backend":{{"Type":"{backend}"}}}}"#);
+        let store = MemoryStore::new(&text);
+        let config = NetworkConfig::parse(&text).unwrap();
+        let interface = ExternalInterface {
+            name: "eth0".to_owned(),
+            index: 2,
+            mtu: 1500,
+            address: "192.0.2.1".parse().unwrap(),
+            public_ip: "192.0.2.1".parse().unwrap(),
+            address_v6: None,
+            public_ipv6: None,
+        };
+        let context = BackendContext {
+            interface: interface.clone(),
+            tunnel_device: "flannel0".to_owned(),
+            tunnel: TunnelOptions::default(),
+        };
+        let backend = backends::choose(&config, context).unwrap();
+        let request = LeaseRequest {
+            config: config.clone(),
+            attrs: backend.lease_attrs(),
+            previous: Some("10.1.7.0-24".parse().unwrap()),
+            previous_only: false,
+        };
+        let lease = store.acquire(&request).await.unwrap();
+        let node = Node { config, interface, backend, store: Arc::new(store.clone()), lease };
+        let files = tempfile::tempdir().unwrap();
+        let options = AgentOptions {
+            subnet_file: files.path().join("subnet.env"),
+            renew_margin: Duration::from_secs(3600),
+        };
+        let health = Health::default();
+        let stop = CancellationToken::new();
+        let (ask, questions) = mpsc::channel(1);
+        let agent = Agent::new(node, host.clone(), options, health.clone());
+        let task = tokio::spawn(agent.run(stop.clone(), questions));
+        Self { store, host, health, ask, stop, task, files }
+    }
+
+    fn peer(&self, subnet: &str, node: &str, backend_type: &str) {
+        let value = match backend_type {
+            "" => format!(r#"{{"PublicIP":"{node}","PublicIPv6":null}}"#),
+            _ => format!(r#"{{"PublicIP":"{node}","PublicIPv6":null,"BackendType":"{backend_type}"}}"#),
+        };
+        self.store.put(subnet, &value, DAY);
+    }
+
+    async fn until(&self, what: &str, fits: impl Fn(&Self) -> bool) {
+        for _ in 0..3000 {
+            if fits(self) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{what} did not happen; not ready: {:?}; host:\n{}", self.health.reasons(), self.host);
+    }
+
+    async fn ready(&self) {
+        self.until("readiness", |running| running.health.reasons().is_empty()).await;
+    }
+
+    fn shown(&self) -> String {
+        self.host.to_string()
+    }
+
+    async fn end(self) -> End {
+        self.stop.cancel();
+        self.task.await.unwrap()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_without_peers_gets_its_own_part_and_subnet_env() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    let shown = running.shown();
+    for line in [
+        "link flannel0 type tun mtu 1472",
+        "addr 10.1.7.0/32 dev flannel0",
+        "tunnel flannel0 via eth0 local 192.0.2.1:8285 network 10.1.0.0/16 subnet 10.1.7.0/24",
+        "route 10.1.0.0/16 dev flannel0",
+    ] {
+        assert!(shown.contains(line), "{line} is missing in:\n{shown}");
+    }
+    let env = std::fs::read_to_string(running.files.path().join("subnet.env")).unwrap();
+    assert_eq!(
+        env,
+        "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.7.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+    );
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_come_move_and_go() {
+    let running = Running::start("host-gw", FakeHost::new()).await;
+    running.ready().await;
+    running.peer("10.1.9.0-24", "192.0.2.9", "host-gw");
+    running.peer("10.1.10.0-24", "192.0.2.10", "vxlan");
+    running.until("the route", |r| r.shown().contains("route 10.1.9.0/24 via 192.0.2.9 dev eth0")).await;
+    running.peer("10.1.9.0-24", "192.0.2.99", "host-gw");
+    running.until("the move", |r| r.shown().contains("route 10.1.9.0/24 via 192.0.2.99 dev eth0")).await;
+    assert!(!running.shown().contains("10.1.10.0"), "a peer of another backend is not for us");
+    running.store.delete("10.1.9.0-24");
+    running.until("the removal", |r| r.host.state().is_empty()).await;
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_former_run_left_is_swept_after_the_first_snapshot_only() {
+    let stale = HostItem::Route(crate::domain::host_state::Route {
+        destination: "10.1.200.0/24".parse().unwrap(),
+        via: Some("192.0.2.200".parse().unwrap()),
+        device: "eth0".to_owned(),
+        onlink: false,
+        source: None,
+        mtu: None,
+    });
+    let host = FakeHost::with([stale.clone()].into_iter().collect());
+    let running = Running::start("host-gw", host).await;
+    running.ready().await;
+    running.until("the sweep", |r| !r.host.state().contains(&stale)).await;
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_removed_while_the_peers_are_unknown() {
+    let peer = HostItem::TunnelPeer(crate::domain::host_state::TunnelPeer {
+        device: "flannel0".to_owned(),
+        subnet: "10.1.9.0/24".parse().unwrap(),
+        node: "192.0.2.9".parse().unwrap(),
+    });
+    let running = {
+        let host = FakeHost::with([peer.clone()].into_iter().collect());
+        let running = Running::start("udp", host).await;
+        // Before the loop's task runs for the first time.
+        running.store.cut();
+        running
+    };
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(running.host.state().contains(&peer));
+    assert!(running.shown().contains("route 10.1.0.0/16 dev flannel0"), "the own part needs no peers");
+    assert!(!running.health.reasons().is_empty());
+    running.store.mend();
+    running.until("the sweep", |r| !r.host.state().contains(&peer)).await;
+    running.ready().await;
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn damage_is_repaired_from_the_wanted_state() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    let whole = running.host.state();
+    for key in [
+        Key::Link("flannel0".to_owned()),
+        Key::Tunnel("flannel0".to_owned()),
+        Key::Route("10.1.0.0/16".parse().unwrap()),
+        Key::Address("flannel0".to_owned(), "10.1.7.0/32".parse().unwrap()),
+    ] {
+        running.host.lose(&key);
+        running.until("the repair", |r| r.host.state() == whole).await;
+    }
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_peer_that_fails_neither_stops_the_others_nor_is_hammered() {
+    let running = Running::start("host-gw", FakeHost::new()).await;
+    running.ready().await;
+    let bad = Key::Route("10.1.9.0/24".parse().unwrap());
+    running.host.refuse(bad.clone(), "network is unreachable");
+    running.peer("10.1.9.0-24", "192.0.2.9", "host-gw");
+    running.peer("10.1.10.0-24", "192.0.2.10", "host-gw");
+    running.until("the good one", |r| r.shown().contains("route 10.1.10.0/24 via 192.0.2.10")).await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    let reasons = running.health.reasons();
+    assert!(reasons.iter().any(|reason| reason.contains("network is unreachable")), "{reasons:?}");
+    let tries = running.host.log().iter().filter(|line| line.contains("10.1.9.0/24")).count();
+    assert!((2..=15).contains(&tries), "{tries} tries in two minutes");
+    running.host.allow(&bad);
+    running.ready().await;
+    assert!(running.shown().contains("route 10.1.9.0/24 via 192.0.2.9"));
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deleted_lease_is_taken_again_under_the_same_subnet() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    running.store.delete("10.1.7.0-24");
+    running
+        .until("the lease", |r| r.store.entries().iter().any(|(key, _)| key.contains("10.1.7.0-24")))
+        .await;
+    running.ready().await;
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_that_another_node_took_ends_the_daemon() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    let before = running.host.state();
+    running.peer("10.1.7.0-24", "192.0.2.66", "");
+    let end = tokio::time::timeout(Duration::from_secs(60), running.task).await.unwrap().unwrap();
+    assert!(matches!(end, End::LeaseLost(_)), "{end:?}");
+    assert_eq!(running.host.state(), before, "the host is left as it is");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lease_is_renewed_before_it_ends() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(86400)).await;
+        assert!(running.store.entries().iter().any(|(key, _)| key.contains("10.1.7.0-24")));
+    }
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_the_store_is_away_the_host_is_still_healed() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.peer("10.1.9.0-24", "192.0.2.9", "");
+    running.until("the peer", |r| r.shown().contains("peer 10.1.9.0/24 at 192.0.2.9")).await;
+    running.ready().await;
+    let whole = running.host.state();
+    running.store.cut();
+    running.until("the news", |r| !r.health.reasons().is_empty()).await;
+    running.host.lose(&Key::Link("flannel0".to_owned()));
+    running.until("the repair", |r| r.host.state() == whole).await;
+    running.store.mend();
+    running.ready().await;
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn status_tells_what_is_refused() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    running.peer("192.168.0.0-24", "192.0.2.9", "");
+    running.peer("10.1.9.0-24", "192.0.2.1", "");
+    running.store.put("10.1.10.0-24", "not json", DAY);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (question, answer) = tokio::sync::oneshot::channel();
+    running.ask.send(question).await.unwrap();
+    let status = answer.await.unwrap();
+    assert_eq!(status.refused.len(), 3, "{:?}", status.refused);
+    assert!(status.ready, "others' mistakes don't make us unready: {:?}", status.not_ready);
+    assert_eq!(status.subnet, "10.1.7.0/24");
+    assert_eq!(running.end().await, End::Stopped);
+}
