@@ -22,6 +22,7 @@ use super::{
     peers::PeerTable,
     rate_limit::RateLimit,
     socket::{Inbox, Message},
+    vnet,
 };
 
 /// Log lines per second about packets that could not be received or delivered.
@@ -99,24 +100,24 @@ fn deliver_all(shared: &Shared, inbox: &mut Inbox, lines: &mut RateLimit) {
         }
         let arrival = Arrival { node: u32::from_ne_bytes(node.octets()), tos };
         for datagram in bytes.chunks_mut(size.max(1)) {
-            if let Some(packet) = accept(shared, datagram, arrival, &peers) {
-                merger.push(packet, &mut write);
+            if let Some((header, packet)) = accept(shared, datagram, arrival, &peers) {
+                merger.push(header, packet, &mut write);
             }
         }
     }
     merger.flush(&mut write);
 }
 
-/// The packet to deliver, changed as this end of the tunnel has to; or `None`, counted.
+/// The packet to deliver, changed as this end of the tunnel has to, and its virtio header; or `None`, counted.
 ///
 /// Bytes behind the inner packet are cut off, as the kernel would do with what flanneld writes. A packet above the
-/// device's MTU is dropped, where flanneld delivered its beginning (contract T7).
+/// device's MTU, unless a neighbour left it to be cut, is dropped, where flanneld delivered its beginning (contract T7).
 fn accept<'p>(
     shared: &Shared,
     datagram: &'p mut [u8],
     arrival: Arrival,
     peers: &PeerTable,
-) -> Option<&'p [u8]> {
+) -> Option<([u8; vnet::LEN], &'p [u8])> {
     let drop = |reason, bytes| {
         shared.inbound.add(reason, 1, bytes);
         None
@@ -125,9 +126,9 @@ fn accept<'p>(
         return drop(Counter::Malformed, datagram.len());
     };
     let total = usize::from(inner.total_length());
-    if total > shared.mtu {
+    let Some(header) = datagram.get(..total).and_then(|packet| vnet::single(packet, shared.mtu)) else {
         return drop(Counter::Oversize, total);
-    }
+    };
     let mut sender = None;
     let verdict = admit(&shared.settings, arrival, &inner, |_| {
         let peer = peers.lookup(inner.source.into())?;
@@ -147,7 +148,7 @@ fn accept<'p>(
         sender.traffic.received(total as u64);
     }
     delivery.rewrite.apply(head_mut(datagram)?);
-    datagram.get(..total)
+    Some((header, datagram.get(..total)?))
 }
 
 /// Writes one packet, or several merged into one, behind its virtio header.

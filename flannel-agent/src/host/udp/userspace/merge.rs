@@ -116,11 +116,17 @@ impl<'p> Merger<'p> {
         }
     }
 
-    /// Takes one whole IPv4 packet. `out` gets what is ready: a virtio header and a packet, in pieces.
-    pub(super) fn push(&mut self, packet: &'p [u8], out: &mut impl FnMut(&[IoSlice<'_>])) {
+    /// Takes one whole IPv4 packet and the virtio header it goes out behind if it goes alone. `out` gets what is ready:
+    /// a virtio header and a packet, in pieces.
+    pub(super) fn push(
+        &mut self,
+        header: [u8; vnet::LEN],
+        packet: &'p [u8],
+        out: &mut impl FnMut(&[IoSlice<'_>]),
+    ) {
         let Some(segment) = Segment::of(packet) else {
             self.flush(out);
-            out(&[IoSlice::new(&vnet::PLAIN), IoSlice::new(packet)]);
+            out(&[IoSlice::new(&header), IoSlice::new(packet)]);
             return;
         };
         if !self.append(&segment) {
@@ -234,7 +240,7 @@ mod tests {
         };
         let mut merger = Merger::new();
         for packet in packets {
-            merger.push(packet, &mut out);
+            merger.push(vnet::PLAIN, packet, &mut out);
         }
         merger.flush(&mut out);
         written
