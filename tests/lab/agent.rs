@@ -329,7 +329,7 @@ pub fn status(binary: &Path, socket: &Path) -> Result<Status> {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
     /// The overlay's ranges, one per address family.
-    pub networks: Vec<String>,
+    pub network: String,
     /// Our lease.
     pub subnet: String,
     /// `udp`, `host-gw`, `alloc`.

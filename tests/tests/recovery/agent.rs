@@ -149,7 +149,7 @@ fn swept(lab: &mut Lab) -> Result<()> {
         "the route to a peer that left is still there:\n{routes}"
     );
     ensure!(routes.contains("10.77.0.0/24"), "a route that is not ours was swept:\n{routes}");
-    ensure!(lab.host(0).status()?.networks == [NETWORK]);
+    ensure!(lab.host(0).status()?.network == NETWORK);
     let report = Ping::new(lab.host(0).netns(), lab.host(1).address()).run()?;
     ensure!(report.lost() == 0, "{report}");
     Ok(())
