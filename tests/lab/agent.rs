@@ -328,7 +328,7 @@ pub fn status(binary: &Path, socket: &Path) -> Result<Status> {
 /// What a running agent says of itself (the fields the lab looks at).
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
-    /// The overlay's ranges, one per address family.
+    /// The overlay's range.
     pub network: String,
     /// Our lease.
     pub subnet: String,

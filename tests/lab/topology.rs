@@ -510,6 +510,7 @@ impl Host {
                 netns.ip(&format!("route add default via {gateway} dev eth0"))?;
             }
         }
+        wait_for_carrier(&netns, gateway)?;
         Ok(Pod { netns, address, gateway, port })
     }
 
@@ -539,6 +540,20 @@ impl Host {
     /// Folder in which the agent of this host pins.
     pub fn bpffs(&self) -> Option<&PathBuf> {
         self.files.bpffs.as_ref()
+    }
+}
+
+/// Until the pod reaches its own node. The kernel opens a new port of a bridge when its link watcher finds the time, up to
+/// a second after the devices are up.
+fn wait_for_carrier(pod: &Arc<Namespace>, gateway: Ipv4Addr) -> Result<()> {
+    let started = Instant::now();
+    let ping = Ping::new(pod, gateway).count(1).option("-W0.1");
+    loop {
+        let report = ping.run()?;
+        if report.lost() == 0 {
+            return Ok(());
+        }
+        ensure!(started.elapsed() < Duration::from_secs(5), "the pod does not reach {gateway}: {report}");
     }
 }
 

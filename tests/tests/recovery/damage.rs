@@ -104,11 +104,12 @@ fn underlay(lab: &mut Lab, tier: &str) -> Result<()> {
     reachable(lab, limit).context("after eth0 was down")?;
 
     let host = lab.host(1);
-    let address = host.address();
+    let (address, mac) = (host.address(), host.netns().mac("eth0")?);
     host.netns().ip("link del eth0")?;
     sleep(Duration::from_millis(300));
     host.netns().ip(&format!(
-        "link add eth0 mtu 1500 type veth peer name sw-h2 mtu 1500 netns {}",
+        // The same card: its neighbours still know the address.
+        "link add eth0 address {mac} mtu 1500 type veth peer name sw-h2 mtu 1500 netns {}",
         lab.switch().path()
     ))?;
     lab.switch().ip("link set sw-h2 master br0 up")?;
