@@ -347,9 +347,7 @@ impl<H: Host> Agent<H> {
             network: cidr(networks(config)),
             lease: lease.subnets.to_string(),
             subnet: cidr(lease.subnets),
-            lease_expires_in: lease
-                .expires
-                .map(|expires| expires.saturating_duration_since(now()).as_secs()),
+            lease_expires_in: lease.expires.map(|expires| expires.saturating_duration_since(now()).as_secs()),
             backend: config.backend.name().to_owned(),
             mtu: self.node.backend.mtu(),
             ready: not_ready.is_empty(),
