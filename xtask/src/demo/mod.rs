@@ -54,6 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let agent = workspace().join("target/debug/flannel-agent");
     ensure!(agent.is_file(), "cargo built no {}", agent.display());
 
+    let lock = tidy::alone()?;
     let mut datapath = arguments.datapath.as_str();
     if !privileged {
         ensure!(
@@ -64,11 +65,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         unprivileged::enter()?;
         datapath = "tun";
     }
-    let lock = tidy::alone()?;
     tidy::sweep();
     tidy::on_interrupt()?;
     let shown = show(arguments, &agent, datapath, privileged);
-    tidy::sweep();
+    tidy::end();
     drop(lock);
     if shown.is_ok() && !privileged {
         println!("\n{}", unprivileged::WHAT_ROOT_ADDS);

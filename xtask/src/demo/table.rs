@@ -19,7 +19,7 @@ pub(super) fn table(lab: &Lab, statuses: &[Status], round_trips: &[Duration], ra
         "packets per peer: sent / received",
     ]);
     for (((host, status), round_trip), rate) in lab.hosts().iter().zip(statuses).zip(round_trips).zip(rates) {
-        let peers: Vec<String> = status
+        let mut peers: Vec<String> = status
             .tunnels
             .iter()
             .flat_map(|tunnel| &tunnel.peers)
@@ -32,6 +32,7 @@ pub(super) fn table(lab: &Lab, statuses: &[Status], round_trips: &[Duration], ra
                 format!("{name} {} / {}", peer.tx_packets, peer.rx_packets)
             })
             .collect();
+        peers.sort();
         table.add_row([
             format!("{} {}", host.name(), host.address()),
             status.subnet.clone(),

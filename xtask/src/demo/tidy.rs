@@ -7,7 +7,9 @@ use std::{
     env,
     fs::{self, File},
     os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     process::exit,
+    sync::OnceLock,
     thread::{park, spawn},
 };
 
@@ -23,14 +25,17 @@ use nix::{
 
 use super::NAME;
 
+/// The lock's file. Named after the user, who in a user namespace is no longer known by number.
+static LOCK: OnceLock<PathBuf> = OnceLock::new();
+
 /// Held while the demo runs: two would sweep each other's things.
 pub(super) fn alone() -> Result<Flock<File>> {
-    let path = env::temp_dir().join(format!("{NAME}-{}.lock", geteuid()));
+    let path = LOCK.get_or_init(|| env::temp_dir().join(format!("{NAME}-{}.lock", geteuid())));
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
-        .open(&path)
+        .open(path)
         .with_context(|| format!("open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
@@ -55,6 +60,14 @@ pub(super) fn sweep() {
     }
 }
 
+/// The demo is over: [`sweep`], and the lock's file goes too.
+pub(super) fn end() {
+    sweep();
+    if let Some(path) = LOCK.get() {
+        let _ = fs::remove_file(path);
+    }
+}
+
 /// From now on Ctrl-C (or a plain `kill`) sweeps and ends this process, wherever it is.
 ///
 /// Call it while there is one thread: later ones inherit that the signals are not for them.
@@ -67,7 +80,7 @@ pub(super) fn on_interrupt() -> Result<()> {
     spawn(move || {
         if signals.wait().is_ok() {
             println!("\n  cleaning up");
-            sweep();
+            end();
             // Threads die with this call, and with them what they started.
             exit(130);
         }
