@@ -17,6 +17,7 @@ use flannel_agent::host::udp::programs::{self, Hook, LinkPin, PinFolder, Program
 use flannel_common::tunnel::Settings;
 
 use crate::rig::{DEVICE, Inside, Node, Rig, UNDERLAY};
+use crate::traffic;
 
 pub(crate) fn auto_takes_xdp() -> Result<()> {
     let rig = Rig::new()?;
@@ -62,17 +63,55 @@ pub(crate) fn every_option() -> Result<()> {
 }
 
 pub(crate) fn mixed() -> Result<()> {
+    every_pair(|_| Ok(()))
+}
+
+/// As a wire between two cards: every frame finished and at most the MTU.
+pub(crate) fn mixed_on_a_wire() -> Result<()> {
+    every_pair(|node| node.command("ethtool", &format!("-K {UNDERLAY} tx off")).map(drop))
+}
+
+/// All traffic in both directions between all tiers; `prepare` is done to both nodes.
+fn every_pair(prepare: fn(&Node) -> Result<()>) -> Result<()> {
     let all = [Datapath::Xdp, Datapath::Tc, Datapath::Tun];
     let rig = Rig::new()?;
     for node in [&rig.a, &rig.b] {
-        node.command("ethtool", &format!("-K {UNDERLAY} tx off"))?;
+        prepare(node)?;
     }
     for a in all {
         rig.a.up(a)?;
         for b in all {
             rig.b.up(b)?;
             rig.talks().with_context(|| format!("{a} and {b}"))?;
+            for (from, to, way) in
+                [(&rig.a, &rig.b, format!("{a} to {b}")), (&rig.b, &rig.a, format!("{b} to {a}"))]
+            {
+                traffic::tcp(from, to, 2 << 20).with_context(|| format!("TCP, {way}"))?;
+                traffic::udp_segments(from, to, 1200).with_context(|| format!("UDP, {way}"))?;
+            }
+            for node in [&rig.a, &rig.b] {
+                ensure!(node.count("oversize")? == 0, "{a} and {b}: {:?}", node.report()?);
+                ensure!(node.count("malformed")? == 0, "{a} and {b}: {:?}", node.report()?);
+            }
         }
+    }
+    Ok(())
+}
+
+/// The agent switches UDP segmentation of a veth off; other senders don't.
+pub(crate) fn super_packets() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.b.up(Datapath::Tun)?;
+    for sender in [Datapath::Xdp, Datapath::Tc] {
+        rig.a.up(sender)?;
+        rig.talks()?;
+        rig.a.command("ethtool", &format!("-K {UNDERLAY} tx-udp-segmentation on"))?;
+        for size in [60, 1200, 1444] {
+            traffic::udp_segments(&rig.a, &rig.b, size)
+                .with_context(|| format!("{size} bytes each, {sender}: {:?}", rig.b.report()))?;
+        }
+        traffic::tcp(&rig.a, &rig.b, 8 << 20)?;
+        ensure!(rig.b.count("oversize")? == 0, "{:?}", rig.b.report()?);
     }
     Ok(())
 }
