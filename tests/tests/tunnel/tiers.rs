@@ -11,9 +11,11 @@ use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
-use flannel_agent::domain::host_state::{Datapath, HostItem};
+use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck};
 use flannel_agent::host::udp::object;
 use flannel_agent::host::udp::programs::{self, Hook, LinkPin, PinFolder, Programs, Side, inspect};
+use flannel_agent::host::udp::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
+use flannel_common::counter::Counter;
 use flannel_common::tunnel::Settings;
 
 use crate::rig::{DEVICE, Inside, Node, Rig, UNDERLAY};
@@ -98,20 +100,49 @@ fn every_pair(prepare: fn(&Node) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-/// The agent switches UDP segmentation of a veth off; other senders don't.
+/// The agent switches UDP segmentation of a veth off; other senders don't. How the kernel hands such packets to the socket
+/// depends on whether it may merge datagrams there.
 pub(crate) fn super_packets() -> Result<()> {
+    const TCP: usize = 8 << 20;
     let rig = Rig::new()?;
-    rig.b.up(Datapath::Tun)?;
+    let config = UserTunnelConfig {
+        device: DEVICE.to_owned(),
+        local: rig.b.address(),
+        port: rig.b.tunnel(Datapath::Tun).port,
+        mtu: rig.b.tunnel(Datapath::Tun).mtu,
+        network: rig.b.tunnel(Datapath::Tun).network,
+        own_subnet: rig.b.tunnel(Datapath::Tun).own_subnet,
+        source_check: SourceCheck::Enforce,
+        role: Role::WholePath,
+    };
+    let receiver = rig.b.run(move |_| UserTunnel::start(config))?;
+    receiver.set_peers(vec![(rig.b.other().subnet, rig.b.other().node)]);
+    let count = |counter: Counter| receiver.counters().counts[counter as usize].packets;
     for sender in [Datapath::Xdp, Datapath::Tc] {
         rig.a.up(sender)?;
         rig.talks()?;
         rig.a.command("ethtool", &format!("-K {UNDERLAY} tx-udp-segmentation on"))?;
-        for size in [60, 1200, 1444] {
-            traffic::udp_segments(&rig.a, &rig.b, size)
-                .with_context(|| format!("{size} bytes each, {sender}: {:?}", rig.b.report()))?;
+        for role in [
+            Role::WholePath,
+            Role::Exceptions { udp_gro: UdpGro::Allowed },
+            Role::Exceptions { udp_gro: UdpGro::Forbidden },
+        ] {
+            receiver.set_role(role);
+            let before = count(Counter::DecapUser);
+            for size in [60, 1200, 1444] {
+                traffic::udp_segments(&rig.a, &rig.b, size)
+                    .with_context(|| format!("{size} bytes each, {sender} to {role:?}"))?;
+            }
+            traffic::tcp(&rig.a, &rig.b, TCP).with_context(|| format!("TCP, {sender} to {role:?}"))?;
+            let packets = count(Counter::DecapUser) - before;
+            ensure!(
+                packets >= 3 * 400 + TCP as u64 / 1420,
+                "super-packets count as what they hold: {packets}"
+            );
         }
-        traffic::tcp(&rig.a, &rig.b, 8 << 20)?;
-        ensure!(rig.b.count("oversize")? == 0, "{:?}", rig.b.report()?);
+        for counter in [Counter::Oversize, Counter::Malformed, Counter::SendFailed] {
+            ensure!(count(counter) == 0, "{}: {}", counter.name(), count(counter));
+        }
     }
     Ok(())
 }
