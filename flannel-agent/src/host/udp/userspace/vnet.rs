@@ -4,6 +4,8 @@
 //! back (virtio 1.2 §5.1.6; `include/uapi/linux/virtio_net.h`). The legacy form of 10 bytes, in the machine's byte
 //! order, is what every kernel speaks.
 
+use super::segment::Transport;
+
 /// Bytes of the header.
 pub(super) const LEN: usize = 10;
 
@@ -13,8 +15,9 @@ const GSO_TCPV4: u8 = 1;
 const GSO_UDP_L4: u8 = 5;
 /// Flag beside the type: the TCP packet has CWR set. Splitting treats every packet that way.
 const GSO_ECN: u8 = 0x80;
-/// Where the checksum stands in a TCP header.
+/// Where the checksum stands in a TCP and in a UDP header.
 const TCP_CHECKSUM: u16 = 16;
+const UDP_CHECKSUM: u16 = 6;
 
 /// What the kernel left to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +63,29 @@ pub(super) fn merged_tcp(head: u16, ip_head: u16, size: u16) -> [u8; LEN] {
     [NEEDS_CSUM, GSO_TCPV4, h0, h1, z0, z1, s0, s1, o0, o1]
 }
 
+/// Header of a TCP or UDP packet whose checksum field holds the pseudo header's sum, behind `ip_head` bytes of IPv4.
+pub(super) fn unfinished(ip_head: u16, transport: Transport) -> [u8; LEN] {
+    let offset = match transport {
+        Transport::Tcp => TCP_CHECKSUM,
+        Transport::Udp => UDP_CHECKSUM,
+    };
+    let [s0, s1] = ip_head.to_ne_bytes();
+    let [o0, o1] = offset.to_ne_bytes();
+    [NEEDS_CSUM, GSO_NONE, 0, 0, 0, 0, s0, s1, o0, o1]
+}
+
+/// Packets in one of `bytes` bytes that is written behind `header`.
+pub(super) fn packets(header: &[u8], bytes: usize) -> usize {
+    match header.first_chunk::<LEN>() {
+        Some(&[_, GSO_TCPV4, h0, h1, z0, z1, ..]) => {
+            let head = usize::from(u16::from_ne_bytes([h0, h1]));
+            let size = usize::from(u16::from_ne_bytes([z0, z1]));
+            bytes.saturating_sub(head).div_ceil(size.max(1)).max(1)
+        }
+        _ => 1,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,6 +94,15 @@ mod tests {
     fn a_merged_packet_asks_for_what_the_kernel_asks_of_us() {
         assert_eq!(Offload::of(merged_tcp(52, 20, 1420)), Offload::Tcp { size: 1420 });
         assert_eq!(Offload::of(PLAIN), Offload::None);
+    }
+
+    #[test]
+    fn a_merged_packet_counts_as_what_it_was_made_of() {
+        for (bytes, packets) in [(52 + 1420, 1), (52 + 1421, 2), (52 + 64 * 1420, 64), (10, 1)] {
+            assert_eq!(super::packets(&merged_tcp(52, 20, 1420), bytes), packets, "{bytes}");
+        }
+        assert_eq!(super::packets(&PLAIN, 60000), 1);
+        assert_eq!(super::packets(&unfinished(20, Transport::Udp), 1400), 1);
     }
 
     #[test]
