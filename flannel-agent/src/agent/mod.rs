@@ -84,6 +84,8 @@ pub struct Agent<H> {
     retries: Retries,
     /// subnet.env is written and systemd told.
     published: bool,
+    /// Nothing of ours was on the host when the agent started.
+    found_nothing: bool,
     refused: BTreeSet<String>,
 }
 
@@ -104,14 +106,22 @@ impl<H: Host> Agent<H> {
             applied: None,
             retries: Retries::default(),
             published: false,
+            found_nothing: false,
             refused: BTreeSet::new(),
         }
     }
 
     /// Runs until `stop` or until the lease is lost for good. `questions` are answered in between.
-    pub async fn run(mut self, stop: CancellationToken, mut questions: mpsc::Receiver<Question>) -> End {
+    pub async fn run(mut self, stop: CancellationToken, questions: mpsc::Receiver<Question>) -> End {
+        let end = self.turn(stop, questions).await;
+        self.undo().await;
+        end
+    }
+
+    async fn turn(&mut self, stop: CancellationToken, mut questions: mpsc::Receiver<Question>) -> End {
         let mut events = self.node.store.watch();
         self.look().await;
+        self.found_nothing = self.applied.as_ref().is_some_and(HostState::is_empty);
         // Usually a matter of milliseconds, and it spares a pass with half the truth.
         tokio::select! {
             () = stop.cancelled() => return End::Stopped,
@@ -233,51 +243,81 @@ impl<H: Host> Agent<H> {
         // A tunnel that was just put may have taken over the map of a former run, with peers that are gone:
         // look once more and compare again. Two rounds are enough, what is left comes with the next pass.
         for _ in 0..2 {
-            let Some(applied) = self.applied.as_mut() else { return };
+            let Some(applied) = &self.applied else { return };
             let wanted = self.node.backend.desired(&self.node.lease, &self.peers);
-            let now = now();
-            let mut changes = applied.changes_to(&wanted);
-            let outstanding = changes.len();
-            self.retries.forget_all_but(&changes);
-            changes.retain(|change| {
-                (self.peers.is_known() || matches!(change, Change::Put(_)))
-                    && !self.retries.holds_back(&change.item().key(), now)
-            });
-            if changes.is_empty() {
-                self.settle(outstanding);
-                return;
+            let mut devices = applied.changes_to(&wanted);
+            self.retries.forget_all_but(&devices);
+            let others =
+                devices.split_off(devices.iter().take_while(|change| makes_a_device(change)).count());
+            let taken_over = self.make(devices).await;
+            if taken_over {
+                self.look().await;
+                continue;
             }
-            let results = self.host.apply(&changes).await;
-            let mut taken_over = false;
-            for (change, result) in changes.iter().zip(results) {
-                let key = change.item().key();
-                match result {
-                    Ok(()) => {
-                        if self.retries.succeeded(&key) {
-                            tracing::info!("{change}: done after all");
-                        } else {
-                            tracing::debug!("{change}");
-                        }
-                        applied.record(change);
-                        taken_over |= matches!(change, Change::Put(HostItem::Tunnel(_)));
+            let Some(applied) = &self.applied else { return };
+            // A route to a tunnel that carries nothing would swallow packets.
+            let ready = |device: &str| {
+                wanted.iter().filter(|item| item.makes(device)).all(|item| applied.contains(item))
+            };
+            let others = others
+                .into_iter()
+                .filter(|change| match change {
+                    Change::Put(item) => item.device().is_none_or(ready),
+                    Change::Remove(_) => self.peers.is_known(),
+                })
+                .collect();
+            self.make(others).await;
+            let outstanding = self.applied.as_ref().map_or(0, |applied| applied.changes_to(&wanted).len());
+            self.settle(outstanding);
+            return;
+        }
+        self.retries.soon(now());
+    }
+
+    /// Makes those of the changes that need not wait; whether a tunnel was put.
+    async fn make(&mut self, mut changes: Vec<Change>) -> bool {
+        let now = now();
+        changes.retain(|change| !self.retries.holds_back(&change.item().key(), now));
+        if changes.is_empty() {
+            return false;
+        }
+        let results = self.host.apply(&changes).await;
+        let Some(applied) = self.applied.as_mut() else { return false };
+        let mut tunnel = false;
+        for (change, result) in changes.iter().zip(results) {
+            let key = change.item().key();
+            match result {
+                Ok(()) => {
+                    if self.retries.succeeded(&key) {
+                        tracing::info!("{change}: done after all");
+                    } else {
+                        tracing::debug!("{change}");
                     }
-                    Err(error) => {
-                        if self.retries.failed(key, &error.to_string(), now) {
-                            tracing::error!("{change} failed and will be tried again: {error}");
-                        }
+                    applied.record(change);
+                    tunnel |= matches!(change, Change::Put(HostItem::Tunnel(_)));
+                }
+                Err(error) => {
+                    if self.retries.failed(key, &error.to_string(), now) {
+                        tracing::error!("{change} failed and will be tried again: {error}");
                     }
                 }
             }
-            if taken_over {
-                self.look().await;
-            } else {
-                let outstanding =
-                    self.applied.as_ref().map_or(0, |applied| applied.changes_to(&wanted).len());
-                self.settle(outstanding);
-                return;
+        }
+        tunnel
+    }
+
+    /// A start that never became ready on a host where nothing of ours was leaves nothing behind.
+    async fn undo(&mut self) {
+        if self.published || !self.found_nothing {
+            return;
+        }
+        let Some(applied) = &self.applied else { return };
+        let changes = applied.changes_to(&HostState::new());
+        for (change, result) in changes.iter().zip(self.host.apply(&changes).await) {
+            if let Err(error) = result {
+                tracing::warn!("{change}: {error}");
             }
         }
-        self.retries.soon(now());
     }
 
     /// Says how far the host is from what is wanted, and publishes the subnet once its own part is in place.
@@ -378,6 +418,14 @@ impl<H: Host> Agent<H> {
                 .collect(),
             tunnels: self.host.reports(),
         }
+    }
+}
+
+/// Whether a change is part of setting up a device, before anything can hang on it.
+fn makes_a_device(change: &Change) -> bool {
+    match change {
+        Change::Put(item) => item.device().is_none(),
+        Change::Remove(_) => false,
     }
 }
 

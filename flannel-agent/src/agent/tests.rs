@@ -280,3 +280,29 @@ async fn status_tells_what_is_refused() {
     assert_eq!(status.subnet, "10.1.7.0/24");
     assert_eq!(running.end().await, End::Stopped);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_does_not_come_up_gets_no_route_and_leaves_nothing_behind() {
+    let host = FakeHost::new();
+    host.refuse(Key::Tunnel("flannel0".to_owned()), "192.0.2.1:8285 is in use");
+    let running = Running::start("udp", host.clone()).await;
+    running.peer("10.1.9.0-24", "192.0.2.9", "");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let shown = running.shown();
+    assert!(!shown.contains("route") && !shown.contains("peer"), "packets would vanish:\n{shown}");
+    let reasons = running.health.reasons();
+    assert!(reasons.iter().any(|reason| reason.contains("8285 is in use")), "{reasons:?}");
+    assert!(!running.files.path().join("subnet.env").exists());
+    assert_eq!(running.end().await, End::Stopped);
+    assert!(host.state().is_empty(), "left behind:\n{host}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_was_ready_leaves_everything_in_place_when_it_stops() {
+    let host = FakeHost::new();
+    let running = Running::start("udp", host.clone()).await;
+    running.ready().await;
+    let whole = host.state();
+    assert_eq!(running.end().await, End::Stopped);
+    assert_eq!(host.state(), whole);
+}

@@ -168,6 +168,26 @@ impl HostItem {
     }
 }
 
+impl HostItem {
+    /// The device that must carry packets before this may be put; `None` for what makes a device.
+    pub fn device(&self) -> Option<&str> {
+        match self {
+            Self::Link(_) | Self::Sysctl(_) | Self::Address(_) | Self::Tunnel(_) => None,
+            Self::TunnelPeer(peer) => Some(&peer.device),
+            Self::Route(route) => Some(&route.device),
+        }
+    }
+
+    /// Whether `device` carries packets only once this is in place.
+    pub fn makes(&self, device: &str) -> bool {
+        match self {
+            Self::Link(link) => link.name == device,
+            Self::Tunnel(tunnel) => tunnel.device == device,
+            Self::Sysctl(_) | Self::Address(_) | Self::TunnelPeer(_) | Self::Route(_) => false,
+        }
+    }
+}
+
 /// One step towards a wanted state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {

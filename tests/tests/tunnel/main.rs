@@ -8,6 +8,7 @@ mod peers;
 mod rig;
 mod takeover;
 mod tiers;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -18,10 +19,12 @@ use libtest_mimic::{Failed, Trial};
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 31] = [
+    let tests: [(&str, Test); 33] = [
         ("auto_takes_xdp_on_a_veth_and_traffic_proves_it", tiers::auto_takes_xdp),
         ("every_datapath_option_takes_its_tier_and_carries_packets", tiers::every_option),
         ("tiers_that_differ_talk_to_each_other", tiers::mixed),
+        ("tiers_that_differ_talk_to_each_other_on_a_wire", tiers::mixed_on_a_wire),
+        ("super_packets_of_a_kernel_sender_arrive_at_a_user_space_receiver", tiers::super_packets),
         ("a_stacked_underlay_gets_tc_and_says_so", tiers::stacked),
         ("a_pinned_tier_that_does_not_work_is_an_error_and_leaves_nothing", tiers::pinned_refused),
         ("a_jumbo_underlay_gets_the_build_with_fragments", tiers::jumbo),

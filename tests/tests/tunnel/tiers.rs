@@ -11,12 +11,15 @@ use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
-use flannel_agent::domain::host_state::{Datapath, HostItem};
+use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck};
 use flannel_agent::host::udp::object;
 use flannel_agent::host::udp::programs::{self, Hook, LinkPin, PinFolder, Programs, Side, inspect};
+use flannel_agent::host::udp::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
+use flannel_common::counter::Counter;
 use flannel_common::tunnel::Settings;
 
 use crate::rig::{DEVICE, Inside, Node, Rig, UNDERLAY};
+use crate::traffic;
 
 pub(crate) fn auto_takes_xdp() -> Result<()> {
     let rig = Rig::new()?;
@@ -62,16 +65,83 @@ pub(crate) fn every_option() -> Result<()> {
 }
 
 pub(crate) fn mixed() -> Result<()> {
+    every_pair(|_| Ok(()))
+}
+
+/// As a wire between two cards: every frame finished and at most the MTU.
+pub(crate) fn mixed_on_a_wire() -> Result<()> {
+    every_pair(|node| node.command("ethtool", &format!("-K {UNDERLAY} tx off")).map(drop))
+}
+
+/// All traffic in both directions between all tiers; `prepare` is done to both nodes.
+fn every_pair(prepare: fn(&Node) -> Result<()>) -> Result<()> {
     let all = [Datapath::Xdp, Datapath::Tc, Datapath::Tun];
     let rig = Rig::new()?;
     for node in [&rig.a, &rig.b] {
-        node.command("ethtool", &format!("-K {UNDERLAY} tx off"))?;
+        prepare(node)?;
     }
     for a in all {
         rig.a.up(a)?;
         for b in all {
             rig.b.up(b)?;
             rig.talks().with_context(|| format!("{a} and {b}"))?;
+            for (from, to, way) in
+                [(&rig.a, &rig.b, format!("{a} to {b}")), (&rig.b, &rig.a, format!("{b} to {a}"))]
+            {
+                traffic::tcp(from, to, 2 << 20).with_context(|| format!("TCP, {way}"))?;
+                traffic::udp_segments(from, to, 1200).with_context(|| format!("UDP, {way}"))?;
+            }
+            for node in [&rig.a, &rig.b] {
+                ensure!(node.count("oversize")? == 0, "{a} and {b}: {:?}", node.report()?);
+                ensure!(node.count("malformed")? == 0, "{a} and {b}: {:?}", node.report()?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The agent switches UDP segmentation of a veth off; other senders don't. How the kernel hands such packets to the socket
+/// depends on whether it may merge datagrams there.
+pub(crate) fn super_packets() -> Result<()> {
+    const TCP: usize = 8 << 20;
+    let rig = Rig::new()?;
+    let config = UserTunnelConfig {
+        device: DEVICE.to_owned(),
+        local: rig.b.address(),
+        port: rig.b.tunnel(Datapath::Tun).port,
+        mtu: rig.b.tunnel(Datapath::Tun).mtu,
+        network: rig.b.tunnel(Datapath::Tun).network,
+        own_subnet: rig.b.tunnel(Datapath::Tun).own_subnet,
+        source_check: SourceCheck::Enforce,
+        role: Role::WholePath,
+    };
+    let receiver = rig.b.run(move |_| UserTunnel::start(config))?;
+    receiver.set_peers(vec![(rig.b.other().subnet, rig.b.other().node)]);
+    let count = |counter: Counter| receiver.counters().counts[counter as usize].packets;
+    for sender in [Datapath::Xdp, Datapath::Tc] {
+        rig.a.up(sender)?;
+        rig.talks()?;
+        rig.a.command("ethtool", &format!("-K {UNDERLAY} tx-udp-segmentation on"))?;
+        for role in [
+            Role::WholePath,
+            Role::Exceptions { udp_gro: UdpGro::Allowed },
+            Role::Exceptions { udp_gro: UdpGro::Forbidden },
+        ] {
+            receiver.set_role(role);
+            let before = count(Counter::DecapUser);
+            for size in [60, 1200, 1444] {
+                traffic::udp_segments(&rig.a, &rig.b, size)
+                    .with_context(|| format!("{size} bytes each, {sender} to {role:?}"))?;
+            }
+            traffic::tcp(&rig.a, &rig.b, TCP).with_context(|| format!("TCP, {sender} to {role:?}"))?;
+            let packets = count(Counter::DecapUser) - before;
+            ensure!(
+                packets >= 3 * 400 + TCP as u64 / 1420,
+                "super-packets count as what they hold: {packets}"
+            );
+        }
+        for counter in [Counter::Oversize, Counter::Malformed, Counter::SendFailed] {
+            ensure!(count(counter) == 0, "{}: {}", counter.name(), count(counter));
         }
     }
     Ok(())

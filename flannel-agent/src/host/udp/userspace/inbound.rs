@@ -21,7 +21,9 @@ use super::{
     packet::{head_mut, whole},
     peers::PeerTable,
     rate_limit::RateLimit,
+    segment::{Head, Segments, Transport},
     socket::{Inbox, Message},
+    unfinished::{SuperPacket, Unfinished},
     vnet,
 };
 
@@ -99,25 +101,59 @@ fn deliver_all(shared: &Shared, inbox: &mut Inbox, lines: &mut RateLimit) {
             continue;
         }
         let arrival = Arrival { node: u32::from_ne_bytes(node.octets()), tos };
+        // One datagram, or several; or one whose content is to be cut to that size, and the kernel says both alike.
+        let content = if size < bytes.len() { datagrams_in(bytes, size) } else { None };
+        let size = if content.is_some() { bytes.len() } else { size };
         for datagram in bytes.chunks_mut(size.max(1)) {
-            if let Some((header, packet)) = accept(shared, datagram, arrival, &peers) {
-                merger.push(header, packet, &mut write);
+            match accept(shared, datagram, arrival, &peers, content) {
+                None => {}
+                Some((packet, None)) => merger.push(packet, &mut write),
+                Some((packet, Some(large))) => deliver_large(shared, packet, &large, &mut merger, &mut write),
             }
         }
     }
     merger.flush(&mut write);
 }
 
-/// The packet to deliver, changed as this end of the tunnel has to, and its virtio header; or `None`, counted.
+/// What the datagram is when it is one inner UDP packet that another kernel left to be cut.
+fn datagrams_in(datagram: &[u8], size: usize) -> Option<SuperPacket> {
+    Unfinished::of(datagram)?.datagrams_of(size)
+}
+
+/// TCP goes to the device as it is. UDP is cut here, which works on kernels whose devices don't take it whole (before
+/// 6.2), and is rare.
+fn deliver_large<'p>(
+    shared: &Shared,
+    packet: &'p [u8],
+    large: &SuperPacket,
+    merger: &mut Merger<'p>,
+    write: &mut impl FnMut(&[IoSlice<'_>]),
+) {
+    if large.transport == Transport::Tcp {
+        return merger.pass(large.virtio_header(), &[packet], write);
+    }
+    let Some(mut datagrams) = Segments::of(packet, Transport::Udp, large.size) else {
+        return shared.inbound.add(Counter::Malformed, 1, packet.len());
+    };
+    let mut head = Head::EMPTY;
+    while let Some(payload) = datagrams.next_into(&mut head) {
+        merger.pass(vnet::PLAIN, &[head.as_slice(), payload], write);
+    }
+}
+
+/// The packet to deliver, changed as this end of the tunnel has to, and what it is when it is more than one; or `None`,
+/// counted.
 ///
 /// Bytes behind the inner packet are cut off, as the kernel would do with what flanneld writes. A packet above the
-/// device's MTU, unless a neighbour left it to be cut, is dropped, where flanneld delivered its beginning (contract T7).
+/// device's MTU is dropped, where flanneld delivered its beginning (contract T7), unless it is one that another kernel
+/// left to be cut: `content`, or a TCP packet that looks like it.
 fn accept<'p>(
     shared: &Shared,
     datagram: &'p mut [u8],
     arrival: Arrival,
     peers: &PeerTable,
-) -> Option<([u8; vnet::LEN], &'p [u8])> {
+    content: Option<SuperPacket>,
+) -> Option<(&'p [u8], Option<SuperPacket>)> {
     let drop = |reason, bytes| {
         shared.inbound.add(reason, 1, bytes);
         None
@@ -126,9 +162,16 @@ fn accept<'p>(
         return drop(Counter::Malformed, datagram.len());
     };
     let total = usize::from(inner.total_length());
-    let Some(header) = datagram.get(..total).and_then(|packet| vnet::single(packet, shared.mtu)) else {
-        return drop(Counter::Oversize, total);
+    let large = match content {
+        None if total > shared.mtu => {
+            datagram.get(..total).and_then(Unfinished::of).and_then(|p| p.above(shared.mtu))
+        }
+        other => other,
     };
+    if large.map_or(total, |large| large.packet_len()) > shared.mtu {
+        return drop(Counter::Oversize, total);
+    }
+    let packets = large.map_or(1, |large| large.count(total));
     let mut sender = None;
     let verdict = admit(&shared.settings, arrival, &inner, |_| {
         let peer = peers.lookup(inner.source.into())?;
@@ -138,24 +181,26 @@ fn accept<'p>(
     });
     let delivery = match verdict {
         Verdict::Deliver(delivery) => delivery,
-        Verdict::Drop(reason) => return drop(reason, total),
+        Verdict::Drop(reason) => {
+            shared.inbound.add(reason, packets, total);
+            return None;
+        }
         Verdict::NotOurs | Verdict::HandOn(_) => return drop(Counter::Malformed, total),
     };
     if let Some(reason) = delivery.observed {
-        shared.inbound.add(reason, 1, total);
+        shared.inbound.add(reason, packets, total);
     }
     if let Some(sender) = sender.filter(|_| delivery.peer != NO_PEER) {
-        sender.traffic.received(total as u64);
+        sender.traffic.received(packets as u64, total as u64);
     }
     delivery.rewrite.apply(head_mut(datagram)?);
-    Some((header, datagram.get(..total)?))
+    Some((datagram.get(..total)?, large))
 }
 
 /// Writes one packet, or several merged into one, behind its virtio header.
 fn write(shared: &Shared, pieces: &[IoSlice<'_>], lines: &mut RateLimit) {
-    // Virtio header and packet; or virtio header, head, and one piece of payload per packet.
-    let packets = pieces.len().saturating_sub(2).max(1);
     let bytes = pieces.iter().skip(1).map(|piece| piece.len()).sum();
+    let packets = pieces.first().map_or(1, |header| vnet::packets(header, bytes));
     let counter = loop {
         match shared.device.write(pieces) {
             Ok(()) => break Counter::DecapUser,

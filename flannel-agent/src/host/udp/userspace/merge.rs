@@ -3,7 +3,8 @@
 //!
 //! A packet is merged only when cutting the result again (in `segment.rs`, or in the kernel on its way to a pod)
 //! gives the same packets back. Anything else ends what is being collected and goes out behind it: the order of
-//! packets never changes. The one exception is the identification of packets with DF whose sender keeps it constant:
+//! packets never changes. Whose checksum is unfinished (`unfinished.rs`) goes alone, too: there is nothing to verify.
+//! The one exception is the identification of packets with DF whose sender keeps it constant:
 //! it may count up afterwards, which RFC 6864 §4.1 allows for packets that can't be fragments.
 
 use std::io::IoSlice;
@@ -13,6 +14,7 @@ use flannel_common::header::PROTOCOL_TCP;
 use super::{
     checksum::Sum,
     packet::{IPV4, TCP_MAX, pseudo_header},
+    unfinished::Unfinished,
     vnet,
 };
 
@@ -116,17 +118,11 @@ impl<'p> Merger<'p> {
         }
     }
 
-    /// Takes one whole IPv4 packet and the virtio header it goes out behind if it goes alone. `out` gets what is ready:
-    /// a virtio header and a packet, in pieces.
-    pub(super) fn push(
-        &mut self,
-        header: [u8; vnet::LEN],
-        packet: &'p [u8],
-        out: &mut impl FnMut(&[IoSlice<'_>]),
-    ) {
+    /// Takes one whole IPv4 packet. `out` gets what is ready: a virtio header and a packet, in pieces.
+    pub(super) fn push(&mut self, packet: &'p [u8], out: &mut impl FnMut(&[IoSlice<'_>])) {
         let Some(segment) = Segment::of(packet) else {
-            self.flush(out);
-            out(&[IoSlice::new(&header), IoSlice::new(packet)]);
+            let header = Unfinished::of(packet).map_or(vnet::PLAIN, Unfinished::virtio_header);
+            self.pass(header, &[packet], out);
             return;
         };
         if !self.append(&segment) {
@@ -137,6 +133,21 @@ impl<'p> Merger<'p> {
         if full || segment.push {
             self.flush(out);
         }
+    }
+
+    /// Lets a packet, in at most two pieces, pass behind what was collected.
+    pub(super) fn pass(
+        &mut self,
+        header: [u8; vnet::LEN],
+        packet: &[&[u8]],
+        out: &mut impl FnMut(&[IoSlice<'_>]),
+    ) {
+        self.flush(out);
+        let mut pieces = [IoSlice::new(&header), IoSlice::new(&[]), IoSlice::new(&[])];
+        for (piece, part) in pieces.iter_mut().skip(1).zip(packet) {
+            *piece = IoSlice::new(part);
+        }
+        out(pieces.get(..=packet.len()).unwrap_or_default());
     }
 
     /// Hands out what was collected.
@@ -240,7 +251,7 @@ mod tests {
         };
         let mut merger = Merger::new();
         for packet in packets {
-            merger.push(vnet::PLAIN, packet, &mut out);
+            merger.push(packet, &mut out);
         }
         merger.flush(&mut out);
         written
@@ -354,6 +365,35 @@ mod tests {
             let written: Vec<_> = merge(&packets).into_iter().map(|(_, p)| p).collect();
             assert_eq!(written, packets, "byte {at}");
         }
+    }
+
+    #[test]
+    fn an_unfinished_segment_goes_alone_and_is_announced() {
+        let mut packets = stream(5);
+        packets[2] = samples::unfinished(&packets[2]);
+        packets.push(samples::unfinished(&samples::udp(b"behind")));
+        let written = merge(&packets);
+        let checksum = |offset| Offload::Checksum { start: 20, offset };
+        let kinds: Vec<_> = written.iter().map(|(offload, _)| *offload).collect();
+        let merged = Offload::Tcp { size: 100 };
+        assert_eq!(kinds, [merged, checksum(16), merged, checksum(6)]);
+        assert_eq!(written.iter().flat_map(split).collect::<Vec<_>>(), packets);
+    }
+
+    #[test]
+    fn a_checksum_that_comes_to_zero_stays_zero() {
+        let mut packets = stream(3);
+        // What is added to the last word of the payload comes off the checksum.
+        let end = packets[1].len();
+        packets[1][end - 2..].fill(0);
+        samples::finish_transport(&mut packets[1], 16);
+        let rest = [packets[1][36], packets[1][37]];
+        packets[1][end - 2..].copy_from_slice(&rest);
+        samples::finish_transport(&mut packets[1], 16);
+        assert_eq!(packets[1][36..38], [0, 0]);
+        let written = merge(&packets);
+        assert_eq!(written.len(), 1);
+        assert_eq!(split(&written[0]), packets);
     }
 
     #[test]

@@ -22,6 +22,9 @@
 //! flannel0 ─ read ─► checksum · peer? · TTL−1 · cut ─► sendmsg ─► wire           outbound.rs
 //! flannel0 ◄ writev ─ merge ◄ TTL−1 · source check · lengths ◄─ recvmmsg ─ wire  inbound.rs
 //! ```
+//!
+//! Over a virtual underlay, packets of kernel senders arrive with unfinished checksums and uncut; `unfinished.rs` says
+//! why and what is done about it.
 
 mod checksum;
 mod device;
@@ -34,6 +37,7 @@ mod rate_limit;
 mod segment;
 mod socket;
 mod tally;
+mod unfinished;
 mod unreachable;
 mod vnet;
 

@@ -37,8 +37,8 @@ impl Traffic {
         self.tx_bytes.fetch_add(bytes, Relaxed);
     }
 
-    pub(super) fn received(&self, bytes: u64) {
-        self.rx_packets.fetch_add(1, Relaxed);
+    pub(super) fn received(&self, packets: u64, bytes: u64) {
+        self.rx_packets.fetch_add(packets, Relaxed);
         self.rx_bytes.fetch_add(bytes, Relaxed);
     }
 

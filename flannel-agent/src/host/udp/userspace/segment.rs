@@ -8,14 +8,13 @@ use flannel_common::header::{PROTOCOL_TCP, PROTOCOL_UDP};
 
 use super::{
     checksum::Sum,
-    packet::{IPV4, IPV4_MAX, TCP_MAX, pseudo_header, whole},
+    packet::{IPV4, IPV4_MAX, TCP_MAX, UDP_HEADER, pseudo_header, whole},
 };
 
 /// Longest IPv4 and TCP header together.
 const HEAD_MAX: usize = IPV4_MAX + TCP_MAX;
 /// Largest UDP payload of an IPv4 datagram: 65535 − 20 − 8.
 pub(super) const DATAGRAM_MAX: usize = 65507;
-const UDP_HEADER: usize = 8;
 const FIN_PSH: u8 = 0x09;
 const CWR: u8 = 0x80;
 
