@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use aya::programs::links::LinkOrder;
@@ -154,7 +154,14 @@ fn stack(rig: &Rig) -> Result<()> {
     rig.b.ip("address flush dev wire0")?;
     rig.b.ip(&format!("link set wire0 master {UNDERLAY} up"))?;
     rig.b.ip(&format!("address add {}/24 dev {UNDERLAY}", rig.b.address()))?;
-    rig.b.ip(&format!("link set {UNDERLAY} up")).map(drop)
+    rig.b.ip(&format!("link set {UNDERLAY} up"))?;
+    // A port opens when the kernel's link watcher finds the time.
+    let started = Instant::now();
+    while !rig.b.ip("-d link show dev wire0")?.contains("state forwarding") {
+        ensure!(started.elapsed() < Duration::from_secs(5), "the bridge's port does not open");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 pub(crate) fn stacked() -> Result<()> {
