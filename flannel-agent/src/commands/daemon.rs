@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::{Agent, AgentOptions, End, Node};
 use crate::backends::{self, BackendContext, BackendError};
 use crate::cli::{EtcdSettings, Settings, VERSION};
-use crate::domain::config::NetworkConfig;
+use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::interface::{
     self, ExistingLink, ExternalInterface, Families, HostFacts, InterfaceError, Selector,
 };
@@ -132,6 +132,12 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
         tracing::warn!("network configuration: {warning}");
     }
     tracing::info!("network configuration: {config}");
+    if config.v6.is_some() && matches!(config.backend, BackendConfig::Udp { .. }) {
+        tracing::warn!(
+            "EnableIPv6: backend udp carries IPv4 only, as flanneld's; the IPv6 subnet is leased and not reachable \
+             from other nodes"
+        );
+    }
 
     let netlink = Netlink::new()?;
     let interface = external_interface(settings, &config, &netlink).await?;
