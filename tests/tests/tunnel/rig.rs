@@ -336,9 +336,10 @@ impl Rig {
 
     /// A datagram from pod to pod and back.
     pub(crate) fn talks(&self) -> Result<()> {
-        let (from, to) = (self.a.pod_socket(0)?, self.b.pod_socket(0)?);
         let mut buffer = [0; 2000];
         for size in [1, 1444] {
+            // New sockets: what was sent again while ARP took its time may still arrive, more than once.
+            let (from, to) = (self.a.pod_socket(0)?, self.b.pod_socket(0)?);
             for (sender, receiver) in [(&from, &to), (&to, &from)] {
                 receiver.set_read_timeout(Some(Duration::from_millis(300)))?;
                 let mut attempts = 0;

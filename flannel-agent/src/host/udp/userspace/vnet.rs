@@ -98,8 +98,8 @@ mod tests {
 
     #[test]
     fn a_merged_packet_counts_as_what_it_was_made_of() {
-        for (bytes, wanted) in [(52 + 1420, 1), (52 + 1421, 2), (52 + 64 * 1420, 64), (10, 1)] {
-            assert_eq!(packets(&merged_tcp(52, 20, 1420), bytes), wanted, "{bytes}");
+        for (bytes, count) in [(52 + 1420, 1), (52 + 1421, 2), (52 + 64 * 1420, 64), (10, 1)] {
+            assert_eq!(packets(&merged_tcp(52, 20, 1420), bytes), count, "{bytes}");
         }
         assert_eq!(packets(&PLAIN, 60000), 1);
         assert_eq!(packets(&unfinished(20, Transport::Udp), 1400), 1);
