@@ -4,9 +4,12 @@ use std::{
     collections::HashSet,
     io::ErrorKind,
     net::{SocketAddrV4, UdpSocket},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     thread::sleep,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -17,6 +20,10 @@ use crate::namespace::Namespace;
 
 /// How long the receiver waits after the last datagram.
 const SILENCE: Duration = Duration::from_millis(700);
+/// Datagrams on the way at most.
+const WINDOW: u32 = 60;
+/// Datagrams that take longer are taken for lost.
+const LATE: Duration = Duration::from_millis(100);
 
 /// A load of datagrams.
 #[derive(Clone, Copy, Debug)]
@@ -56,12 +63,15 @@ impl Datagrams {
         setsockopt(&receiver, sockopt::RcvBufForce, &(16 << 20)).context("enlarge the receive buffer")?;
         receiver.set_read_timeout(Some(SILENCE)).context("set a time limit")?;
         let load = *self;
-        let counting = std::thread::spawn(move || load.receive(&receiver));
-        from.run(|| self.transmit(address)).with_context(|| format!("UDP sender in {}", from.name()))?;
+        let arrived = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&arrived);
+        let counting = std::thread::spawn(move || load.receive(&receiver, &count));
+        from.run(|| self.transmit(address, &arrived))
+            .with_context(|| format!("UDP sender in {}", from.name()))?;
         counting.join().map_err(|_| anyhow::anyhow!("the receiving thread panicked"))?
     }
 
-    fn transmit(&self, to: SocketAddrV4) -> Result<()> {
+    fn transmit(&self, to: SocketAddrV4, arrived: &AtomicU32) -> Result<()> {
         let socket = UdpSocket::bind(("0.0.0.0", 0)).context("bind the sender")?;
         socket.connect(to).with_context(|| format!("connect UDP to {to}"))?;
         let batch = self.batch.max(1);
@@ -70,13 +80,18 @@ impl Datagrams {
             setsockopt(&socket, sockopt::UdpGsoSegment, &size).context("set UDP_SEGMENT")?;
         }
         let numbers: Vec<u32> = (0..self.count).collect();
+        let mut sent = 0u32;
         for numbers in numbers.chunks(batch) {
+            // What is tested is the path, not the length of its queues: on a busy machine the receiver may get its turn late.
+            let waiting = Instant::now();
+            while sent.saturating_sub(arrived.load(Ordering::Relaxed)) > WINDOW && waiting.elapsed() < LATE {
+                sleep(Duration::from_micros(200));
+            }
+            sent += u32::try_from(numbers.len()).context("batch")?;
             let bytes: Vec<u8> = numbers.iter().flat_map(|number| self.datagram(*number)).collect();
             socket
                 .send(&bytes)
                 .with_context(|| format!("send {} datagrams of {} bytes", numbers.len(), self.size))?;
-            // What is tested is the path, not the size of queues.
-            sleep(Duration::from_micros(200));
         }
         Ok(())
     }
@@ -87,7 +102,7 @@ impl Datagrams {
         bytes
     }
 
-    fn receive(&self, socket: &UdpSocket) -> Result<Delivered> {
+    fn receive(&self, socket: &UdpSocket, arrived: &AtomicU32) -> Result<Delivered> {
         let (mut seen, mut damaged) = (HashSet::new(), 0);
         let mut buffer = vec![0; 1 << 16];
         while seen.len() < self.count as usize {
@@ -96,6 +111,7 @@ impl Datagrams {
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
                 Err(e) => return Err(e).context("receive a datagram"),
             };
+            arrived.fetch_add(1, Ordering::Relaxed);
             let datagram = buffer.get(..length).unwrap_or_default();
             match datagram.first_chunk::<4>().map(|head| u32::from_be_bytes(*head)) {
                 Some(number) if number < self.count && datagram == self.datagram(number) => {
