@@ -2,6 +2,11 @@
 //!
 //! Packets are sent in the order they were read. Small packets to one node that are already waiting, and of one length,
 //! leave with one system call; nothing waits for packets that are not there yet.
+//!
+//! Fragments leave one by one. On a virtual underlay several datagrams of one call arrive as one, which a peer that
+//! decapsulates in the kernel takes the long way through its socket, while a single one takes the short way: pieces of
+//! one packet would overtake each other, and reassembly gives up on a packet when 64 other fragments came in between
+//! (`ipfrag_max_dist`, ip-sysctl).
 
 use std::{
     io::{self, ErrorKind, IoSlice},
@@ -172,7 +177,12 @@ impl Outbound {
             }
             Offload::None | Offload::Checksum { .. } | Offload::Unknown => {
                 self.filled = end;
-                self.queue(peer.node, &peer.traffic, range)
+                let alone = inner.is_fragment();
+                if alone {
+                    self.flush()?;
+                }
+                self.queue(peer.node, &peer.traffic, range)?;
+                if alone { self.flush() } else { Ok(()) }
             }
         }
     }
