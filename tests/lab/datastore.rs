@@ -36,15 +36,9 @@ pub struct Datastore {
 }
 
 impl Datastore {
-    /// Starts etcd on `address` of the namespace and waits until it answers.
-    ///
-    /// # Errors
-    /// No `etcd` on this machine, or it ends or stays silent; the text has the end of its log.
-    pub fn start(namespace: &Arc<Namespace>, address: Ipv4Addr, folder: &Path) -> Result<Self> {
-        let mut store =
-            Self { namespace: Arc::clone(namespace), address, folder: folder.to_owned(), server: None };
-        store.restart()?;
-        Ok(store)
+    /// An etcd that will listen on `address` of the namespace once it is started with [`Self::restart`].
+    pub fn new(namespace: &Arc<Namespace>, address: Ipv4Addr, folder: &Path) -> Self {
+        Self { namespace: Arc::clone(namespace), address, folder: folder.to_owned(), server: None }
     }
 
     /// What goes into `--etcd-endpoints`.
@@ -67,7 +61,7 @@ impl Datastore {
     /// Starts it (again) on the same data and waits until it answers.
     ///
     /// # Errors
-    /// As [`Self::start`].
+    /// No `etcd` on this machine, or it ends or stays silent; the text has the end of its log.
     pub fn restart(&mut self) -> Result<()> {
         self.stop()?;
         let log = self.folder.join("etcd.log");

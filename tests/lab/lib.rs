@@ -24,9 +24,12 @@ use std::{
 use anyhow::{Context as _, Result};
 
 pub mod agent;
+pub mod bpf;
 pub mod datastore;
 pub mod namespace;
 pub mod probe;
+pub mod proxy;
+pub mod reference;
 pub mod topology;
 
 #[cfg(feature = "parts")]

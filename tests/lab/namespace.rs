@@ -25,6 +25,15 @@ use nix::{
 /// Where iproute2 looks for names.
 const NAMES: &str = "/run/netns";
 
+/// Packets that left by a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Sent {
+    /// A packet that is segmented later counts as one.
+    pub packets: u64,
+    /// With Ethernet headers.
+    pub bytes: u64,
+}
+
 /// A namespace and, while this value lives, the reason it exists.
 #[derive(Debug)]
 pub struct Namespace {
@@ -228,6 +237,36 @@ impl Namespace {
         self.ip(&format!("link show dev {device}")).is_ok()
     }
 
+    /// What a device has sent since it exists, as `/proc/net/dev` counts.
+    ///
+    /// # Errors
+    /// No such device.
+    pub fn sent(&self, device: &str) -> Result<Sent> {
+        let text =
+            self.run(|| fs::read_to_string("/proc/thread-self/net/dev").context("read /proc/net/dev"))?;
+        let counts: Vec<u64> = text
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix(device)?.strip_prefix(':'))
+            .with_context(|| format!("no device {device} in {}", self.name))?
+            .split_whitespace()
+            .map_while(|number| number.parse().ok())
+            .collect();
+        // Eight columns of what was received, then the same of what was sent.
+        let [.., bytes, packets, _, _, _, _, _, _] = counts.as_slice() else {
+            bail!("/proc/net/dev has no counts of {device}:\n{text}");
+        };
+        Ok(Sent { packets: *packets, bytes: *bytes })
+    }
+
+    /// The index of a device.
+    ///
+    /// # Errors
+    /// No such device.
+    pub fn ifindex(&self, device: &str) -> Result<u32> {
+        self.run(|| nix::net::if_::if_nametoindex(device).with_context(|| format!("find device {device}")))
+            .with_context(|| format!("in {}", self.name))
+    }
+
     /// The MAC address of a device.
     ///
     /// # Errors
@@ -248,6 +287,17 @@ impl Drop for Namespace {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Mounts made from now on are this process's own: they show nowhere else, and vanish with it. Call it before any thread
+/// exists: `unshare` moves the calling thread only.
+///
+/// # Errors
+/// Not permitted (CAP_SYS_ADMIN).
+pub fn private_mounts() -> Result<()> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare the mount namespace")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make the mounts private")
 }
 
 fn prepare_child(namespace: RawFd) -> std::io::Result<()> {

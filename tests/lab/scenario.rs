@@ -4,12 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use libtest_mimic::{Failed, Trial};
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
 
 use crate::{
+    namespace::private_mounts,
     privilege,
     topology::{Lab, Plan},
 };
@@ -34,19 +31,12 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
 
 /// [`run`] for trials that need less, or more, than root and eBPF programs.
 pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
+    // Each host of a lab mounts a bpffs.
     if privilege::require_root().is_ok()
         && let Err(e) = private_mounts()
     {
-        eprintln!("error: {e}");
+        eprintln!("error: {e:#}");
         return ExitCode::FAILURE;
     }
     privilege::run_when(ready, trials)
-}
-
-/// Each host of a lab mounts a bpffs; none of them may show outside, nor outlive us.
-fn private_mounts() -> Result<(), String> {
-    let none = None::<&str>;
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("unshare the mount namespace: {e}"))?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .map_err(|e| format!("make the mounts private: {e}"))
 }

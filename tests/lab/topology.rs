@@ -24,6 +24,7 @@ use tempfile::TempDir;
 
 use crate::{
     agent::{Agent, AgentFiles, AgentOptions, Status, SubnetEnv},
+    bpf::{self, XdpLink},
     datastore::Datastore,
     namespace::Namespace,
     probe::ping::Ping,
@@ -37,8 +38,12 @@ pub const NETWORK: &str = "10.244.0.0/16";
 pub enum Underlay {
     /// A bridge in a namespace of its own; any number of hosts.
     Bridge,
-    /// Two hosts, one veth pair. etcd is reached through a second device, `mgmt0`.
+    /// Two hosts, one veth pair: packets cross whole, up to 64 KiB, as between containers of one machine. etcd is reached
+    /// through a second device, `mgmt0`.
     Direct,
+    /// Two hosts, each with a veth pair into the switch, where XDP hands every frame from one to the other: what a network
+    /// card sees, nothing longer than the MTU, every checksum finished. etcd as above.
+    Wire,
 }
 
 /// How pods hang on their host.
@@ -60,6 +65,7 @@ pub struct Plan {
     mtu: u32,
     rp_filter: u8,
     config: Option<String>,
+    with_etcd: bool,
     listed: bool,
 }
 
@@ -113,6 +119,14 @@ impl Plan {
         self
     }
 
+    /// No etcd runs: for hosts without agents ([`crate::reference`]).
+    #[must_use]
+    pub fn without_etcd(mut self) -> Self {
+        self.config = None;
+        self.with_etcd = false;
+        self
+    }
+
     /// `ip netns` knows the hosts as `NAME-h1`, … and the pods as `NAME-pod1`, …
     #[must_use]
     pub fn listed(mut self) -> Self {
@@ -132,7 +146,7 @@ impl Plan {
         ensure!((1..=200).contains(&self.hosts), "a lab has 1 to 200 hosts, not {}", self.hosts);
         ensure!(
             self.underlay == Underlay::Bridge || self.hosts == 2,
-            "a direct link joins 2 hosts, not {}",
+            "a link joins 2 hosts, not {}",
             self.hosts
         );
         let folder = tempfile::Builder::new()
@@ -146,7 +160,7 @@ impl Plan {
         switch.ip("link set br0 up")?;
         let store = match self.underlay {
             Underlay::Bridge => underlay,
-            Underlay::Direct => store,
+            Underlay::Direct | Underlay::Wire => store,
         };
         switch.ip(&format!("addr add {store}/24 dev br0"))?;
 
@@ -163,6 +177,7 @@ impl Plan {
                 mtu = self.mtu
             ))?;
         }
+        let wire = if self.underlay == Underlay::Wire { self.wire(&hosts, &switch)? } else { Vec::new() };
         for host in &hosts {
             host.netns.ip(&format!("addr add {}/24 dev eth0", host.address))?;
             host.netns.ip("link set eth0 up")?;
@@ -172,14 +187,36 @@ impl Plan {
             }
         }
 
-        let datastore = Datastore::start(&switch, store, folder.path())?;
+        let mut datastore = Datastore::new(&switch, store, folder.path());
+        if self.with_etcd {
+            datastore.restart()?;
+        }
         if let Some(config) = &self.config {
             datastore.put_config(config)?;
         }
         for host in &mut hosts {
             host.endpoint = datastore.endpoint();
         }
-        Ok(Lab { hosts, datastore, switch, folder })
+        Ok(Lab { hosts, datastore, _wire: wire, switch, folder })
+    }
+
+    /// `eth0` of each host, and the switch's redirects between their other ends.
+    fn wire(&self, hosts: &[Host], switch: &Namespace) -> Result<Vec<XdpLink>> {
+        for host in hosts {
+            host.netns.ip(&format!(
+                "link add eth0 mtu {mtu} type veth peer name wire-{} mtu {mtu} netns {}",
+                host.name(),
+                switch.path(),
+                mtu = self.mtu
+            ))?;
+            // Segmentation and checksums before the wire, GRO behind it: a redirected frame keeps nothing unfinished.
+            host.netns.offload("eth0", "tx off gro on")?;
+            switch.ip(&format!("link set wire-{} up", host.name()))?;
+        }
+        [("wire-h1", "wire-h2"), ("wire-h2", "wire-h1")]
+            .map(|(from, to)| bpf::redirect(switch, from, to))
+            .into_iter()
+            .collect()
     }
 
     fn namespace(&self, part: &str) -> Result<Namespace> {
@@ -201,7 +238,9 @@ impl Plan {
         }
         let (device, address) = match self.underlay {
             Underlay::Bridge => ("eth0", None),
-            Underlay::Direct => ("mgmt0", Some(Ipv4Addr::new(10, 98, 0, number.saturating_add(10)))),
+            Underlay::Direct | Underlay::Wire => {
+                ("mgmt0", Some(Ipv4Addr::new(10, 98, 0, number.saturating_add(10))))
+            }
         };
         let mtu = self.mtu;
         netns.ip(&format!(
@@ -232,6 +271,7 @@ pub struct Lab {
     // Dropped in this order: agents and pods, etcd, the switch, the files.
     hosts: Vec<Host>,
     datastore: Datastore,
+    _wire: Vec<XdpLink>,
     switch: Arc<Namespace>,
     folder: TempDir,
 }
@@ -248,6 +288,7 @@ impl Lab {
             mtu: 1500,
             rp_filter: 0,
             config: Some(format!(r#"{{"Network":"{NETWORK}"}}"#)),
+            with_etcd: true,
             listed: false,
         }
     }
@@ -281,6 +322,11 @@ impl Lab {
     /// The namespace between the hosts. Port `sw-h1` is the wire of host 1: what passes there is what a NIC would see.
     pub fn switch(&self) -> &Arc<Namespace> {
         &self.switch
+    }
+
+    /// MTU of the underlay, bytes.
+    pub fn underlay_mtu(&self) -> u32 {
+        self.hosts.first().map_or(0, |host| host.plan.mtu)
     }
 
     /// etcd.
@@ -417,7 +463,7 @@ impl Host {
     pub fn start_agent(&mut self, options: &AgentOptions) -> Result<&mut Agent> {
         self.agent = None;
         let mut own = options.clone();
-        if self.plan.underlay == Underlay::Direct {
+        if self.plan.underlay != Underlay::Bridge {
             own = own.flag("--iface=eth0");
         }
         let agent = Agent::start(&self.netns, &self.files, &self.endpoint, &own)?;

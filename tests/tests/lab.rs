@@ -11,6 +11,8 @@ use flannel_tests::{
         tcp::TcpPath,
         udp::Datagrams,
     },
+    proxy::Proxies,
+    reference,
     scenario::{run_when, scenario},
     topology::{Lab, Underlay},
 };
@@ -22,6 +24,28 @@ fn main() -> ExitCode {
             "hosts_on_a_direct_link_reach_each_other_and_etcd",
             Lab::new("lab-direct").underlay(Underlay::Direct),
             direct,
+        ),
+        scenario(
+            "a_wire_carries_frames_no_longer_than_its_mtu",
+            Lab::new("lab-wire").underlay(Underlay::Wire),
+            wire,
+        ),
+        scenario("routes_and_vxlan_made_by_hand_carry_pods", Lab::new("lab-host-gw").without_etcd(), |lab| {
+            reference::host_gw(lab)?;
+            lab.ping_all_pairs(2)?;
+            let mut lab = Lab::new("lab-vxlan").underlay(Underlay::Wire).without_etcd().build()?;
+            reference::vxlan(&mut lab)?;
+            lab.ping_all_pairs(2)?;
+            pods_exchange_bytes(&lab)
+        }),
+        scenario(
+            "a_proxy_with_one_read_and_one_send_carries_pods",
+            Lab::new("lab-proxy").underlay(Underlay::Wire).without_etcd(),
+            |lab| {
+                let _proxies = Proxies::start(lab)?;
+                lab.ping_all_pairs(2)?;
+                pods_exchange_bytes(lab)
+            },
         ),
         scenario("probes_see_what_passes_and_what_does_not", Lab::new("lab-probes"), probes),
         scenario("etcd_keeps_its_data_over_a_restart", Lab::new("lab-etcd").hosts(1), datastore),
@@ -44,6 +68,23 @@ fn direct(lab: &mut Lab) -> Result<()> {
     ensure!(Ping::new(lab.host(0).netns(), lab.host(1).address()).run()?.lost() == 0);
     let store = SocketAddrV4::new([10, 98, 0, 1].into(), 2379);
     lab.host(1).netns().run(|| Ok(std::net::TcpStream::connect(store)?))?;
+    Ok(())
+}
+
+fn wire(lab: &mut Lab) -> Result<()> {
+    direct(lab)?;
+    let (a, b) = (lab.host(0), lab.host(1));
+    let before = a.netns().sent("eth0")?;
+    TcpPath::new(a.netns(), b.netns(), SocketAddrV4::new(b.address(), 5001)).transfer(20_000_000)?;
+    let after = a.netns().sent("eth0")?;
+    let (packets, bytes) = (after.packets - before.packets, after.bytes - before.bytes);
+    ensure!(bytes > 20_000_000 && bytes <= packets * 1514, "{packets} packets, {bytes} bytes");
+    Ok(())
+}
+
+fn pods_exchange_bytes(lab: &Lab) -> Result<()> {
+    let (a, b) = (lab.host(0).pod()?, lab.host(1).pod()?);
+    TcpPath::new(&a.netns, &b.netns, SocketAddrV4::new(b.address, 5001)).transfer(2_000_000)?;
     Ok(())
 }
 

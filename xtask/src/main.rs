@@ -1,7 +1,8 @@
-//! Developer commands: `cargo xtask setup | build-ebpf | check | test | demo`, one file each.
+//! Developer commands: `cargo xtask setup | build-ebpf | check | test | demo | bench`, one file each.
 //!
 //! Every command does the set-up it needs by itself, so each one works on a fresh clone.
 
+mod bench;
 mod build_ebpf;
 mod check;
 mod demo;
@@ -33,6 +34,8 @@ enum Command {
     Test(test::Arguments),
     /// Three hosts in network namespaces, pods that reach each other through the tunnel, and figures
     Demo(demo::Arguments),
+    /// Measures the data paths against plain routes and the kernel's vxlan, and the agent itself; needs root
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Command::Check => check::run(),
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

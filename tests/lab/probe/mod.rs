@@ -2,6 +2,7 @@
 //! captures. Sockets are made on a thread inside the namespace; loads are bounded in bytes and time.
 
 pub mod capture;
+pub mod load;
 pub mod ping;
 pub mod raw;
 pub mod tcp;

@@ -1,0 +1,202 @@
+//! Two XDP programs of a few instructions: one hands every frame to another device, one does nothing.
+//!
+//! A veth pair whose far end redirects is what a wire is to a node: frames become XDP frames, so the receiver gets fresh
+//! packets without anything the sender's stack knew of them (no segmentation state, no unfinished checksums), each at
+//! most an MTU long. They are made here by hand, with bpf(2), because nothing the agent loads should depend on them, and
+//! because four instructions need no compiler.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::namespace::Namespace;
+
+/// `enum bpf_cmd`, linux/bpf.h
+const PROG_LOAD: libc::c_long = 5;
+const OBJ_GET: libc::c_long = 7;
+const PROG_GET_FD_BY_ID: libc::c_long = 13;
+const LINK_CREATE: libc::c_long = 28;
+const ENABLE_STATS: libc::c_long = 32;
+/// `BPF_PROG_TYPE_XDP`
+const TYPE_XDP: u32 = 6;
+/// `BPF_XDP` of `enum bpf_attach_type`
+const ATTACH_XDP: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE`, linux/if_link.h: the driver's own hook or nothing.
+const NATIVE: u32 = 1 << 2;
+/// `XDP_PASS`
+const PASS: i32 = 2;
+/// `bpf_redirect()` of `enum bpf_func_id`
+const HELPER_REDIRECT: i32 = 23;
+
+/// An attached XDP program; detached when dropped.
+#[derive(Debug)]
+pub struct XdpLink {
+    _link: OwnedFd,
+}
+
+/// Every frame that arrives on `device` leaves by `to`, in the driver.
+///
+/// # Errors
+/// No such devices, no native XDP there, or not permitted (CAP_BPF, CAP_NET_ADMIN).
+pub fn redirect(namespace: &Namespace, device: &str, to: &str) -> Result<XdpLink> {
+    let to = namespace.ifindex(to)?;
+    let code = [
+        instruction(0xb7, 1, i32::try_from(to).context("interface index")?),
+        instruction(0xb7, 2, 0),
+        instruction(0x85, 0, HELPER_REDIRECT),
+        instruction(0x95, 0, 0),
+    ];
+    attach(namespace, device, &code)
+}
+
+/// Every frame passes.
+///
+/// # Errors
+/// As [`redirect`].
+pub fn pass(namespace: &Namespace, device: &str) -> Result<XdpLink> {
+    attach(namespace, device, &[instruction(0xb7, 0, PASS), instruction(0x95, 0, 0)])
+}
+
+/// `struct bpf_insn` without source register and offset: opcode, destination register, immediate.
+fn instruction(opcode: u8, register: u8, immediate: i32) -> [u8; 8] {
+    let [a, b, c, d] = immediate.to_ne_bytes();
+    [opcode, register, 0, 0, a, b, c, d]
+}
+
+fn attach(namespace: &Namespace, device: &str, code: &[[u8; 8]]) -> Result<XdpLink> {
+    let ifindex = namespace.ifindex(device)?;
+    let program = load(code).context("load an XDP program")?;
+    // struct link_create of union bpf_attr: prog_fd, target_ifindex, attach_type, flags
+    let link = namespace.run(|| {
+        let attributes = Attributes::default()
+            .u32(descriptor(program.as_raw_fd()))
+            .u32(ifindex)
+            .u32(ATTACH_XDP)
+            .u32(NATIVE);
+        bpf_fd(LINK_CREATE, attributes).with_context(|| format!("attach native XDP to {device}"))
+    })?;
+    Ok(XdpLink { _link: link })
+}
+
+fn load(code: &[[u8; 8]]) -> Result<OwnedFd> {
+    let license = c"GPL";
+    // prog_type, insn_cnt, insns, license
+    let attributes = Attributes::default()
+        .u32(TYPE_XDP)
+        .u32(u32::try_from(code.len()).context("instructions")?)
+        .u64(code.as_ptr() as u64)
+        .u64(license.as_ptr() as u64);
+    Ok(bpf_fd(PROG_LOAD, attributes)?)
+}
+
+/// While this lives, the kernel counts runs and run time of every program (BPF_ENABLE_STATS; some 20 ns per run).
+#[derive(Debug)]
+pub struct Statistics {
+    _on: OwnedFd,
+}
+
+impl Statistics {
+    /// # Errors
+    /// Not permitted, or a kernel before 5.8.
+    pub fn enable() -> Result<Self> {
+        // BPF_STATS_RUN_TIME
+        let on = bpf_fd(ENABLE_STATS, Attributes::default().u32(0)).context("switch BPF statistics on")?;
+        Ok(Self { _on: on })
+    }
+}
+
+/// What a program did while [`Statistics`] were on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunTime {
+    /// Nanoseconds, all runs together.
+    pub nanoseconds: u64,
+    /// How often it ran.
+    pub runs: u64,
+}
+
+impl RunTime {
+    /// What came on top of `before`.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            nanoseconds: self.nanoseconds.saturating_sub(before.nanoseconds),
+            runs: self.runs.saturating_sub(before.runs),
+        }
+    }
+}
+
+/// Of the program that a pinned link keeps attached.
+///
+/// # Errors
+/// Nothing is pinned there, or it is no link.
+pub fn run_time(pinned_link: &Path) -> Result<RunTime> {
+    let mut path = pinned_link.to_string_lossy().into_owned().into_bytes();
+    path.push(0);
+    let link = bpf_fd(OBJ_GET, Attributes::default().u64(path.as_ptr() as u64))
+        .with_context(|| format!("open the link {}", pinned_link.display()))?;
+    let id = fdinfo(&link, "prog_id")?;
+    let program = bpf_fd(PROG_GET_FD_BY_ID, Attributes::default().u32(u32::try_from(id).context("prog_id")?))
+        .with_context(|| format!("open BPF program {id}"))?;
+    Ok(RunTime { nanoseconds: fdinfo(&program, "run_time_ns")?, runs: fdinfo(&program, "run_cnt")? })
+}
+
+fn fdinfo(fd: &OwnedFd, key: &str) -> Result<u64> {
+    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':')?.trim().parse().ok())
+        .with_context(|| format!("{path} has no {key}:\n{text}"))
+}
+
+/// `union bpf_attr` as bytes: fields in the kernel's order, the rest 0.
+#[derive(Debug)]
+struct Attributes {
+    bytes: [u8; 128],
+    used: usize,
+}
+
+impl Default for Attributes {
+    fn default() -> Self {
+        Self { bytes: [0; 128], used: 0 }
+    }
+}
+
+impl Attributes {
+    fn u32(self, value: u32) -> Self {
+        self.field(&value.to_ne_bytes())
+    }
+
+    fn u64(self, value: u64) -> Self {
+        self.field(&value.to_ne_bytes())
+    }
+
+    fn field(mut self, value: &[u8]) -> Self {
+        let end = self.used + value.len();
+        if let Some(place) = self.bytes.get_mut(self.used..end) {
+            place.copy_from_slice(value);
+        }
+        self.used = end;
+        self
+    }
+}
+
+fn descriptor(fd: RawFd) -> u32 {
+    fd.cast_unsigned()
+}
+
+/// A bpf(2) command that returns a descriptor.
+fn bpf_fd(command: libc::c_long, attributes: Attributes) -> io::Result<OwnedFd> {
+    // SAFETY: the attributes are as long as said; the pointers in them are to memory that the callers keep until the call
+    // returns, and the kernel only reads through them.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, command, attributes.bytes.as_ptr(), attributes.bytes.len()) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,115 @@
+//! What the bench fails on. Floors are generous, goals are not written here: a floor that breaks on a busy machine is
+//! soon ignored.
+
+use std::fmt;
+
+use super::{
+    figures::Metric,
+    traffic::{Measured, Mode},
+    variants::{HOST_GW, PROXY, VXLAN},
+};
+
+#[derive(Clone, Copy)]
+enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+}
+use Bound::{AtLeast, AtMost};
+
+struct Floor {
+    mode: Mode,
+    /// The variant, and where the agent chose among several ways, the way it must have taken for the floor to count.
+    variant: &'static str,
+    metric: Metric,
+    reference: &'static str,
+    bound: Bound,
+}
+
+/// Mode, variant, then TCP × host-gw, × vxlan, CPU, UDP × host-gw, × vxlan, RTT.
+struct Line(Mode, &'static str, [f64; 6]);
+
+const LINES: [Line; 6] = [
+    Line(Mode::Wire, "udp xdp", [0.85, 1.05, 1.20, 0.85, 1.10, 1.25]),
+    Line(Mode::Wire, "udp tc", [0.65, 0.85, 1.50, 0.80, 1.05, 1.30]),
+    Line(Mode::Wire, "udp tun", [0.55, 0.70, 2.1, 0.65, 0.80, 3.0]),
+    Line(Mode::SuperPackets, "udp auto", [0.80, 1.25, 1.3, 0.75, 1.25, 1.2]),
+    Line(Mode::SuperPackets, "udp tc", [0.30, 0.5, 3.0, 0.70, 1.2, 1.3]),
+    Line(Mode::SuperPackets, "udp xdp", [0.20, 0.3, 4.0, 0.65, 1.1, 1.4]),
+];
+
+fn floors() -> Vec<Floor> {
+    let mut floors = Vec::new();
+    for Line(mode, variant, [tcp_gw, tcp_vx, cpu, udp_gw, udp_vx, rtt]) in LINES {
+        for (metric, reference, bound) in [
+            (Metric::Tcp1, HOST_GW, AtLeast(tcp_gw)),
+            (Metric::Tcp1, VXLAN, AtLeast(tcp_vx)),
+            (Metric::CpuPerGb, HOST_GW, AtMost(cpu)),
+            (Metric::Udp64, HOST_GW, AtLeast(udp_gw)),
+            (Metric::Udp64, VXLAN, AtLeast(udp_vx)),
+            (Metric::RoundTrip, HOST_GW, AtMost(rtt)),
+        ] {
+            floors.push(Floor { mode, variant, metric, reference, bound });
+        }
+    }
+    for variant in ["udp xdp", "udp tc"] {
+        for (metric, bound) in [
+            (Metric::Tcp1, AtLeast(2.5)),
+            (Metric::CpuPerGb, AtMost(0.3)),
+            (Metric::Udp64, AtLeast(1.1)),
+            (Metric::RoundTrip, AtMost(0.6)),
+        ] {
+            floors.push(Floor { mode: Mode::Wire, variant, metric, reference: PROXY, bound });
+        }
+    }
+    floors.push(Floor {
+        mode: Mode::Wire,
+        variant: "udp tun",
+        metric: Metric::Tcp1,
+        reference: PROXY,
+        bound: AtLeast(2.0),
+    });
+    floors
+}
+
+/// A floor that was not reached.
+pub(super) struct Broken {
+    text: String,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Floors of variants that were not measured are not judged.
+pub(super) fn judge(measured: &Measured) -> Vec<Broken> {
+    let mode = match measured.mode {
+        Mode::Wire => "wire",
+        Mode::SuperPackets => "super-packets",
+    };
+    let mut broken = Vec::new();
+    for floor in floors().iter().filter(|floor| floor.mode == measured.mode) {
+        let Some(row) = measured.row(floor.variant) else { continue };
+        let Some(ratio) = measured.ratio(row, floor.metric, floor.reference) else { continue };
+        let (kept, word, bound) = match floor.bound {
+            AtLeast(bound) => (ratio.median >= bound, "at least", bound),
+            AtMost(bound) => (ratio.median <= bound, "at most", bound),
+        };
+        if !kept {
+            broken.push(Broken {
+                text: format!(
+                    "{mode}, {}, {}: {:.2} × {} ({:.2}–{:.2} in {} rounds), {word} {bound} is right",
+                    floor.variant,
+                    floor.metric.title(),
+                    ratio.median,
+                    floor.reference,
+                    ratio.least,
+                    ratio.most,
+                    measured.rounds
+                ),
+            });
+        }
+    }
+    broken
+}

@@ -1,0 +1,146 @@
+//! `cargo xtask bench`: what the data paths carry, side by side in one run, and what the agent itself takes.
+//!
+//! On a shared or virtual machine absolute figures move by a factor of two between hours, ratios of the same minute
+//! hardly. So every variant has a lab of its own, all of them stand at once, and each round measures every variant, in
+//! an order that rotates. What is compared, printed and judged are medians of the ratios within a round.
+//!
+//! Two underlays, because they flatter different things. *wire*: each frame is what a network card would see, at most an
+//! MTU long, segments and checksums made by the sender, merged again by GRO at the receiver. *super-packets*: the nodes
+//! are joined by veth, as containers of one machine are, and packets of 64 KiB cross whole.
+
+mod figures;
+mod floors;
+mod table;
+mod traffic;
+mod variants;
+
+use std::{path::PathBuf, process::Command, time::Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use flannel_tests::namespace::private_mounts;
+
+use self::{
+    floors::Broken,
+    traffic::{Mode, Pace},
+    variants::Variant,
+};
+use crate::{
+    build_ebpf,
+    progress::{cargo, cargo_step, seconds},
+    setup, test, workspace,
+};
+
+/// Prefix of the labs' folders.
+const NAME: &str = "bench";
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Measure only these parts (repeatable, or separated by commas); else all of them
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+    /// Only variants whose name contains one of these; host-gw and vxlan always run, they are what is compared with
+    #[arg(long, value_delimiter = ',')]
+    variants: Vec<String>,
+    /// How many rounds; fewer than 10 do not resolve 10 %
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Everything once and briefly, in a minute or two: shows that it works, judges nothing
+    #[arg(long)]
+    quick: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+enum Part {
+    /// Traffic where each frame is at most an MTU long
+    Wire,
+    /// Traffic where packets of 64 KiB cross whole
+    Super,
+}
+
+impl Part {
+    const ALL: [Self; 2] = [Self::Wire, Self::Super];
+}
+
+/// Builds, measures, judges.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let started = Instant::now();
+    ensure!(
+        test::may_make_networks()?,
+        "the bench builds hosts out of network namespaces and loads eBPF programs: run as root \
+         (`sudo -E env PATH=$PATH cargo xtask bench`)"
+    );
+    if cfg!(debug_assertions) {
+        setup::run()?;
+        build_ebpf::run()?;
+        return run_optimised();
+    }
+    let mut build = cargo();
+    build.args(["build", "--release", "--package", "flannel-agent"]);
+    cargo_step("build the agent (release)", "bench-agent", &mut build)?;
+    let agent = workspace().join("target/release/flannel-agent");
+    ensure!(agent.is_file(), "cargo built no {}", agent.display());
+    // Before any thread. Labs mount a bpffs each.
+    private_mounts()?;
+
+    let bench = Bench {
+        agent,
+        rounds: if arguments.quick { 1 } else { usize::from(arguments.rounds) },
+        pace: if arguments.quick { Pace::QUICK } else { Pace::FULL },
+        variants: arguments.variants.clone(),
+    };
+    let mut parts = if arguments.only.is_empty() { Part::ALL.to_vec() } else { arguments.only.clone() };
+    parts.sort_unstable();
+    parts.dedup();
+
+    let mut broken = Vec::new();
+    for part in parts {
+        broken.extend(bench.run(part).with_context(|| format!("{part:?}"))?);
+    }
+    println!("\nall of it: {}", seconds(started.elapsed()));
+    if arguments.quick {
+        println!("--quick: nothing was judged");
+        return Ok(());
+    }
+    if broken.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = broken.iter().map(ToString::to_string).collect();
+    bail!("{} below the floor:\n  {}", broken.len(), lines.join("\n  "))
+}
+
+/// The same again in a release build: the proxy that stands for the original is part of this program.
+fn run_optimised() -> Result<()> {
+    use std::os::unix::process::CommandExt as _;
+    let mut build = cargo();
+    build.args(["build", "--release", "--package", "xtask"]);
+    cargo_step("build the bench (release)", "bench-xtask", &mut build)?;
+    let me = workspace().join("target/release/xtask");
+    let failed = Command::new(&me).args(std::env::args_os().skip(1)).exec();
+    Err(failed).with_context(|| format!("start {}", me.display()))
+}
+
+/// How to measure.
+struct Bench {
+    agent: PathBuf,
+    rounds: usize,
+    pace: Pace,
+    variants: Vec<String>,
+}
+
+impl Bench {
+    fn wants(&self, variant: &Variant) -> bool {
+        self.variants.is_empty()
+            || variant.is_reference()
+            || self.variants.iter().any(|part| variant.name.contains(part.as_str()))
+    }
+
+    fn run(&self, part: Part) -> Result<Vec<Broken>> {
+        let mode = match part {
+            Part::Wire => Mode::Wire,
+            Part::Super => Mode::SuperPackets,
+        };
+        let measured = traffic::measure(self, mode)?;
+        println!("\n{}", table::traffic(&measured));
+        Ok(floors::judge(&measured))
+    }
+}

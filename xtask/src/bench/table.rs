@@ -1,0 +1,54 @@
+//! What a person reads at the end.
+
+use comfy_table::{Cell, CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+
+use super::{
+    figures::{Metric, Summary},
+    traffic::{Measured, Row},
+    variants::{HOST_GW, VXLAN},
+};
+
+/// A row per variant; each cell has the median and its range, and below the ratios to host-gw and to vxlan.
+pub(super) fn traffic(measured: &Measured) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    let mut header = vec![format!("{} rounds", measured.rounds)];
+    header.extend(Metric::ALL.iter().map(|metric| metric.title().replacen(", ", "\n", 1)));
+    table.set_header(header);
+    for row in &measured.rows {
+        let mut cells = vec![Cell::new(name(row))];
+        for metric in Metric::ALL {
+            cells.push(Cell::new(cell(measured, row, metric)).set_alignment(CellAlignment::Right));
+        }
+        table.add_row(cells);
+    }
+    table
+}
+
+fn name(row: &Row) -> String {
+    if row.path.is_empty() { row.name.to_owned() } else { format!("{}\n{}", row.name, row.path) }
+}
+
+fn cell(measured: &Measured, row: &Row, metric: Metric) -> String {
+    let Some(summary) = row.summary(metric) else { return String::new() };
+    let ratio = |reference| {
+        measured
+            .ratio(row, metric, reference)
+            .map_or_else(|| "–".to_owned(), |ratio| format!("{:.2}", ratio.median))
+    };
+    let range = range(summary);
+    if metric == Metric::Retransmits {
+        return range;
+    }
+    format!("{range}\n× {} gw, {} vx", ratio(HOST_GW), ratio(VXLAN))
+}
+
+/// `5.96 (5.5–6.7)`
+fn range(summary: Summary) -> String {
+    let digits = match summary.median {
+        big if big >= 100.0 => 0,
+        big if big >= 10.0 => 1,
+        _ => 2,
+    };
+    format!("{:.digits$} ({:.digits$}–{:.digits$})", summary.median, summary.least, summary.most)
+}

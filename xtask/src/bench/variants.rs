@@ -1,0 +1,153 @@
+//! What is compared: each variant is two hosts and their pods in a lab of its own, ready to carry traffic.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use flannel_tests::{
+    agent::AgentOptions,
+    bpf::{self, XdpLink},
+    probe::{
+        load::{Ends, let_process_forward_in_real_time},
+        ping::Ping,
+    },
+    proxy::Proxies,
+    reference,
+    topology::{Lab, Underlay},
+};
+
+use super::{NAME, traffic::Mode};
+
+/// What everything is compared with.
+pub(super) const HOST_GW: &str = "host-gw";
+pub(super) const VXLAN: &str = "vxlan";
+/// Stands for the original.
+pub(super) const PROXY: &str = "proxy";
+
+/// How packets come from one pod to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Host to host, no pods, no overlay.
+    Bare,
+    HostGw,
+    /// Host-gw, with an XDP program on the underlay that does nothing: tells what attaching one costs by itself.
+    HostGwAndXdp,
+    Vxlan,
+    /// The agent, with `--udp-datapath` so.
+    Agent(&'static str),
+    /// One read, one send.
+    Proxy,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Variant {
+    pub(super) name: &'static str,
+    way: Way,
+}
+
+const fn variant(name: &'static str, way: Way) -> Variant {
+    Variant { name, way }
+}
+
+impl Variant {
+    /// In the order of the tables.
+    pub(super) fn all(mode: Mode) -> Vec<Self> {
+        let mut all = vec![
+            variant("no overlay", Way::Bare),
+            variant(HOST_GW, Way::HostGw),
+            variant("host-gw + XDP", Way::HostGwAndXdp),
+            variant(VXLAN, Way::Vxlan),
+            variant("udp xdp", Way::Agent("xdp")),
+            variant("udp tc", Way::Agent("tc")),
+            variant("udp tun", Way::Agent("tun")),
+            variant(PROXY, Way::Proxy),
+        ];
+        if mode == Mode::SuperPackets {
+            all.insert(4, variant("udp auto", Way::Agent("auto")));
+        }
+        all
+    }
+
+    pub(super) fn is_reference(&self) -> bool {
+        matches!(self.way, Way::HostGw | Way::Vxlan)
+    }
+
+    /// Builds its lab and sends the first packets, which resolve neighbours.
+    pub(super) fn start(&self, mode: Mode, agent: &Path) -> Result<Standing> {
+        self.build(mode, agent).with_context(|| format!("set up {}", self.name))
+    }
+
+    fn build(&self, mode: Mode, agent: &Path) -> Result<Standing> {
+        let underlay = match mode {
+            Mode::Wire => Underlay::Wire,
+            Mode::SuperPackets => Underlay::Direct,
+        };
+        let mut plan = Lab::new(NAME).underlay(underlay);
+        if !matches!(self.way, Way::Agent(_)) {
+            plan = plan.without_etcd();
+        }
+        let mut lab = plan.build()?;
+        let (mut proxies, mut links, mut path) = (None, Vec::new(), String::new());
+        match self.way {
+            Way::Bare => {}
+            Way::HostGw => reference::host_gw(&mut lab)?,
+            Way::HostGwAndXdp => {
+                reference::host_gw(&mut lab)?;
+                for host in lab.hosts() {
+                    links.push(bpf::pass(host.netns(), "eth0")?);
+                }
+            }
+            Way::Vxlan => reference::vxlan(&mut lab)?,
+            Way::Agent(tier) => path = start_agents(&mut lab, tier, agent)?,
+            Way::Proxy => proxies = Some(Proxies::start(&mut lab)?),
+        }
+        let ends = self.ends(&lab)?;
+        let greeting = Ping::new(&ends.client, ends.address).run()?;
+        ensure!(greeting.received > 0, "no ping comes through: {greeting}\n{}", lab.logs());
+        Ok(Standing { name: self.name, path, ends, _proxies: proxies, _links: links, lab })
+    }
+
+    fn ends(&self, lab: &Lab) -> Result<Ends> {
+        let (from, to) = (lab.host(0), lab.host(1));
+        if self.way == Way::Bare {
+            return Ok(Ends {
+                client: from.netns().clone(),
+                server: to.netns().clone(),
+                address: to.address(),
+            });
+        }
+        Ok(Ends {
+            client: from.pod()?.netns.clone(),
+            server: to.pod()?.netns.clone(),
+            address: to.pod()?.address,
+        })
+    }
+}
+
+/// An agent per host; what carries its packets, in its own words.
+fn start_agents(lab: &mut Lab, tier: &str, agent: &Path) -> Result<String> {
+    let options = AgentOptions::with_binary(agent.to_owned()).datapath(tier);
+    lab.bring_up_with(&[options.clone(), options])?;
+    for host in lab.hosts() {
+        let status = host.status()?;
+        ensure!(
+            tier == "auto" || status.tier() == tier,
+            "asked for {tier}, the agent on {} says {}",
+            host.name(),
+            status.reasons()
+        );
+        let_process_forward_in_real_time(host.agent()?.pid())?;
+    }
+    Ok(lab.host(0).status()?.path().to_owned())
+}
+
+/// A variant that carries traffic until it is dropped.
+pub(super) struct Standing {
+    pub(super) name: &'static str,
+    /// The tier in the agent's words (`tc+gro`); empty for others.
+    pub(super) path: String,
+    pub(super) ends: Ends,
+    // Dropped before the lab they stand in.
+    _proxies: Option<Proxies>,
+    _links: Vec<XdpLink>,
+    pub(super) lab: Lab,
+}
