@@ -33,6 +33,8 @@ pub struct Status {
     pub backend: String,
     /// MTU for pods, in bytes.
     pub mtu: u32,
+    /// Where it comes from.
+    pub mtu_reason: String,
     pub ready: bool,
     pub not_ready: Vec<String>,
     pub peers: Vec<PeerStatus>,
@@ -47,6 +49,10 @@ pub struct InterfaceStatus {
     pub address: IpAddr,
     pub public_ip: IpAddr,
     pub mtu: u32,
+    /// Why it carries nothing for now.
+    pub away: Option<String>,
+    /// The interface a restart would choose, when it is another one.
+    pub preferred: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

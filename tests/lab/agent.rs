@@ -336,6 +336,9 @@ pub struct Status {
     pub backend: String,
     /// For pods, bytes.
     pub mtu: u32,
+    /// Where it comes from.
+    #[serde(default)]
+    pub mtu_reason: String,
     /// As `/readyz`.
     pub ready: bool,
     /// Why not.

@@ -11,6 +11,7 @@ mod retries;
 mod tenure;
 #[cfg(test)]
 mod tests;
+mod underlay;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -26,10 +27,11 @@ use tokio_util::sync::CancellationToken;
 
 use self::retries::Retries;
 use self::tenure::{Tenure, Turn};
-use crate::backends::Backend;
+use self::underlay::Underlay;
+use crate::backends::{Backend, BackendContext};
 use crate::domain::config::NetworkConfig;
 use crate::domain::host_state::{Change, HostItem, HostState};
-use crate::domain::interface::ExternalInterface;
+use crate::domain::interface::{ExternalInterface, Selection};
 use crate::domain::lease::{Lease, LeaseEvent, Subnets};
 use crate::domain::peers::{Changed, OwnLease, Peers};
 use crate::health::Health;
@@ -47,7 +49,10 @@ const FIRST_WORD: Duration = Duration::from_secs(2);
 /// What a node has before its loop starts.
 pub struct Node {
     pub config: NetworkConfig,
-    pub interface: ExternalInterface,
+    /// How the interface was chosen.
+    pub selection: Selection,
+    /// What the backend was made of, with the interface as it is now.
+    pub context: BackendContext,
     pub backend: Box<dyn Backend>,
     pub store: Arc<dyn LeaseStore>,
     pub lease: Lease,
@@ -82,8 +87,9 @@ pub struct Agent<H> {
     /// What is known to be on the host; `None` until it could be read.
     applied: Option<HostState>,
     retries: Retries,
-    /// subnet.env is written and systemd told.
-    published: bool,
+    /// What subnet.env says; systemd was told when it was written first.
+    published: Option<SubnetEnv>,
+    underlay: Underlay,
     /// Nothing of ours was on the host when the agent started.
     found_nothing: bool,
     refused: BTreeSet<String>,
@@ -105,7 +111,8 @@ impl<H: Host> Agent<H> {
             tenure,
             applied: None,
             retries: Retries::default(),
-            published: false,
+            published: None,
+            underlay: Underlay::default(),
             found_nothing: false,
             refused: BTreeSet::new(),
         }
@@ -155,10 +162,7 @@ impl<H: Host> Agent<H> {
                     }
                 }
                 turn = self.tenure.turn() => match self.tenure.take(turn, &self.node, now()) {
-                    Turn::Holds(lease) => {
-                        self.node.lease = *lease;
-                        self.health.done("lease");
-                    }
+                    Turn::Holds(lease) => self.hold(*lease),
                     Turn::Waits(reason) => self.health.wait("lease", reason),
                     Turn::Lost(reason) => return End::LeaseLost(reason),
                 },
@@ -169,6 +173,16 @@ impl<H: Host> Agent<H> {
                 _ = heartbeat.tick() => {}
             }
         }
+    }
+
+    /// The store says that this is our lease.
+    fn hold(&mut self, lease: Lease) {
+        if lease.attrs.names_the_node_of(&self.node.backend.lease_attrs()) {
+            self.health.done("lease");
+            // A former address is no longer ours once the store does not show it.
+            self.peers.renumber(&own_addresses(&self.node.context.interface));
+        }
+        self.node.lease = lease;
     }
 
     /// Takes news of the store over.
@@ -194,9 +208,8 @@ impl<H: Host> Agent<H> {
         }
         match folded.own {
             Some(OwnLease::Changed(lease)) if lease.revision >= self.node.lease.revision => {
-                self.node.lease = lease;
+                self.hold(lease);
                 self.tenure.begin(&self.node.lease, now());
-                self.health.done("lease");
             }
             Some(OwnLease::Changed(_)) | None => {}
             Some(OwnLease::Gone) => {
@@ -236,6 +249,7 @@ impl<H: Host> Agent<H> {
                 self.health.wait("host", error.to_string());
             }
         }
+        self.follow_interface().await;
     }
 
     /// Makes the host look as it should, as far as it can be done now.
@@ -308,7 +322,7 @@ impl<H: Host> Agent<H> {
 
     /// A start that never became ready on a host where nothing of ours was leaves nothing behind.
     async fn undo(&mut self) {
-        if self.published || !self.found_nothing {
+        if self.published.is_some() || !self.found_nothing {
             return;
         }
         let Some(applied) = &self.applied else { return };
@@ -333,9 +347,16 @@ impl<H: Host> Agent<H> {
         self.publish();
     }
 
-    /// Writes subnet.env and tells systemd, once, when everything but the peers is in place.
+    /// Writes subnet.env and tells systemd when everything but the peers is in place; writes it again when it has to say
+    /// something else.
     fn publish(&mut self) {
-        if self.published {
+        let env = SubnetEnv {
+            networks: networks(&self.node.config),
+            subnets: self.node.lease.subnets,
+            mtu: self.node.backend.mtu(),
+            ip_masq: false,
+        };
+        if self.published.as_ref() == Some(&env) {
             return;
         }
         let Some(applied) = &self.applied else { return };
@@ -343,37 +364,34 @@ impl<H: Host> Agent<H> {
         if !own_part.iter().all(|item| applied.contains(item)) {
             return;
         }
-        let env = SubnetEnv {
-            networks: networks(&self.node.config),
-            subnets: self.node.lease.subnets,
-            mtu: self.node.backend.mtu(),
-            ip_masq: false,
-        };
-        match env.write(&self.options.subnet_file) {
-            Ok(()) => {
-                self.published = true;
-                self.health.done("subnet.env");
-                tracing::info!(
-                    "ready: {} leased, {} written",
-                    self.node.lease.subnets,
-                    self.options.subnet_file.display()
-                );
+        if let Err(error) = env.write(&self.options.subnet_file) {
+            let text = error.to_string();
+            if self.retries.could_not_publish(&text, now()) {
+                tracing::error!("{text}");
+            }
+            self.health.wait("subnet.env", text);
+            return;
+        }
+        self.health.done("subnet.env");
+        let file = self.options.subnet_file.display();
+        match self.published.replace(env) {
+            None => {
+                tracing::info!("ready: {} leased, {file} written", self.node.lease.subnets);
                 if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
                     tracing::warn!("can't tell systemd that we are ready: {error}");
                 }
             }
-            Err(error) => {
-                let text = error.to_string();
-                if self.retries.could_not_publish(&text, now()) {
-                    tracing::error!("{text}");
-                }
-                self.health.wait("subnet.env", text);
-            }
+            Some(before) => tracing::info!(
+                "{file} written again: FLANNEL_MTU was {} and is {}; pods made before keep theirs and are told by ICMP \
+                 what is too big",
+                before.mtu,
+                self.node.backend.mtu(),
+            ),
         }
     }
 
     fn status(&self) -> Status {
-        let Node { config, interface, lease, .. } = &self.node;
+        let Node { config, context: BackendContext { interface, .. }, lease, .. } = &self.node;
         let not_ready = self.health.reasons();
         Status {
             version: crate::cli::VERSION.to_owned(),
@@ -383,6 +401,8 @@ impl<H: Host> Agent<H> {
                 address: interface.address.into(),
                 public_ip: interface.public_ip.into(),
                 mtu: interface.mtu,
+                away: self.underlay.away().map(str::to_owned),
+                preferred: self.underlay.preferred().map(str::to_owned),
             },
             network: cidr(networks(config)),
             lease: lease.subnets.to_string(),
@@ -390,6 +410,7 @@ impl<H: Host> Agent<H> {
             lease_expires_in: lease.expires.map(|expires| expires.saturating_duration_since(now()).as_secs()),
             backend: config.backend.name().to_owned(),
             mtu: self.node.backend.mtu(),
+            mtu_reason: self.node.backend.mtu_reason(),
             ready: not_ready.is_empty(),
             not_ready,
             peers: self
@@ -430,13 +451,15 @@ fn makes_a_device(change: &Change) -> bool {
 }
 
 fn no_peers(node: &Node) -> Peers {
-    let interface = &node.interface;
-    let own: Vec<IpAddr> = [IpAddr::from(interface.address), interface.public_ip.into()]
+    Peers::new(&node.lease, &node.config, &own_addresses(&node.context.interface))
+}
+
+fn own_addresses(interface: &ExternalInterface) -> Vec<IpAddr> {
+    [IpAddr::from(interface.address), interface.public_ip.into()]
         .into_iter()
         .chain(interface.address_v6.map(IpAddr::from))
         .chain(interface.public_ipv6.map(IpAddr::from))
-        .collect();
-    Peers::new(&node.lease, &node.config, &own)
+        .collect()
 }
 
 fn networks(config: &NetworkConfig) -> Subnets {

@@ -36,7 +36,7 @@ struct Pause {
 
 impl Pause {
     fn after(previous: Option<Self>, now: Instant) -> Self {
-        let length = previous.map_or(FIRST, |pause| (pause.length * 2).min(LONGEST));
+        let length = previous.map_or(FIRST, |pause| (pause.length * 2).clamp(FIRST, LONGEST));
         Self { until: now + length, length }
     }
 }
@@ -66,6 +66,13 @@ impl Retries {
         if !self.failed.is_empty() {
             let wanted: BTreeSet<Key> = changes.iter().map(|change| change.item().key()).collect();
             self.failed.retain(|key, _| wanted.contains(key));
+        }
+    }
+
+    /// What stood in the way of things is gone: everything may be tried at once.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        for failure in self.failed.values_mut() {
+            failure.pause = Pause { until: now, length: Duration::ZERO };
         }
     }
 

@@ -1,6 +1,7 @@
 //! Holding our lease: when to renew it, what to do when it is gone.
 //!
 //! The store is asked from a task of its own, so that a store that hangs never holds up the repair of the host.
+//! What it says of the node follows the node: an interface that got another address is published in the same lease.
 //! A running node never changes its subnet: a lost lease is taken again under the same subnet or not at all.
 
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub(super) struct Tenure {
     margin: Duration,
     next: Next,
     failures: u32,
+    /// The store does not say yet what is published of this node now.
+    outdated: bool,
 }
 
 enum Next {
@@ -64,12 +67,22 @@ pub(super) enum Turn {
 
 impl Tenure {
     pub(super) fn new(store: Arc<dyn LeaseStore>, margin: Duration) -> Self {
-        Self { store, margin, next: Next::Nothing, failures: 0 }
+        Self { store, margin, next: Next::Nothing, failures: 0, outdated: false }
+    }
+
+    /// What the others must know of us has changed: the lease is written again, at once or after the question that is
+    /// under way.
+    pub(super) fn publish(&mut self, node: &Node) {
+        self.outdated = true;
+        match self.next {
+            Next::Asking(..) | Next::RetakeAt(_) => {}
+            Next::Nothing | Next::RenewAt(_) => self.ask(What::Renewal, node),
+        }
     }
 
     /// We hold `lease` from now on. A question that is under way is let finish.
     pub(super) fn begin(&mut self, lease: &Lease, now: Instant) {
-        if matches!(self.next, Next::Asking(What::Renewal, _)) {
+        if matches!(self.next, Next::Asking(What::Renewal, _)) || self.outdated {
             return;
         }
         self.failures = 0;
@@ -131,7 +144,13 @@ impl Tenure {
             }
             Event::Answer { result: Ok(lease), retake } => {
                 self.next = Next::Nothing;
-                self.begin(&lease, now);
+                if lease.attrs.names_the_node_of(&node.backend.lease_attrs()) {
+                    self.outdated = false;
+                    self.begin(&lease, now);
+                } else {
+                    // It was asked before the node changed.
+                    self.publish(node);
+                }
                 if retake {
                     tracing::info!(lease = %lease.subnets, "the lease is ours again");
                 } else {
@@ -160,6 +179,8 @@ impl Tenure {
                 self.next = if retake { Next::RetakeAt(now + wait) } else { Next::RenewAt(now + wait) };
                 if retake {
                     Turn::Waits(format!("our lease is gone: {error}"))
+                } else if self.outdated {
+                    Turn::Waits(format!("our lease still names this node's former address: {error}"))
                 } else if node.lease.expires.is_some_and(|expires| expires <= now) {
                     Turn::Waits(format!("our lease has run out and can't be renewed: {error}"))
                 } else {
@@ -180,7 +201,7 @@ impl Tenure {
         };
         let task = tokio::spawn(async move {
             match what {
-                What::Renewal => store.renew(&lease).await,
+                What::Renewal => store.rewrite(&lease, &request.attrs).await,
                 What::Retake => store.acquire(&request).await,
             }
         });

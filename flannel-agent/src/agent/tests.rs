@@ -10,11 +10,29 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::backends::{self, BackendContext};
 use crate::domain::host_state::{Key, TunnelOptions};
+use crate::domain::interface::{Families, HostFacts, Interface, InterfaceAddress, PublicAddresses};
 use crate::host::fake::FakeHost;
 use crate::stores::LeaseRequest;
 use crate::stores::memory::MemoryStore;
 
 const DAY: Option<Duration> = Some(Duration::from_secs(86400));
+
+/// A host whose only interface is the default route's.
+fn uplink(mtu: u32, addresses: &[&str]) -> HostFacts {
+    let addresses = addresses.iter().map(|address| InterfaceAddress {
+        address: address.parse().unwrap(),
+        prefix_len: 24,
+        dynamic: false,
+        temporary: false,
+        deprecated: false,
+    });
+    let eth0 = Interface { name: "eth0".to_owned(), index: 2, mtu, up: true, addresses: addresses.collect() };
+    HostFacts { interfaces: vec![eth0], default_route_v4: Some(2), ..HostFacts::default() }
+}
+
+fn by_default_route() -> Selection {
+    Selection { selectors: Vec::new(), public: PublicAddresses::default(), families: Families::V4 }
+}
 
 struct Running {
     store: MemoryStore,
@@ -32,6 +50,7 @@ impl Running {
         let text = format!(r#"{{"Network":"10.1.0.0/16","Backend":{{"Type":"{backend}"}}}}"#);
         let store = MemoryStore::new(&text);
         let config = NetworkConfig::parse(&text).unwrap();
+        host.rewire(|facts| *facts = uplink(1500, &["192.0.2.1"]));
         let interface = ExternalInterface {
             name: "eth0".to_owned(),
             index: 2,
@@ -42,11 +61,12 @@ impl Running {
             public_ipv6: None,
         };
         let context = BackendContext {
-            interface: interface.clone(),
+            interface,
             tunnel_device: "flannel0".to_owned(),
             tunnel: TunnelOptions::default(),
+            tunnel_mtu: None,
         };
-        let backend = backends::choose(&config, context).unwrap();
+        let backend = backends::choose(&config, context.clone()).unwrap();
         let request = LeaseRequest {
             config: config.clone(),
             attrs: backend.lease_attrs(),
@@ -54,7 +74,14 @@ impl Running {
             previous_only: false,
         };
         let lease = store.acquire(&request).await.unwrap();
-        let node = Node { config, interface, backend, store: Arc::new(store.clone()), lease };
+        let node = Node {
+            config,
+            selection: by_default_route(),
+            context,
+            backend,
+            store: Arc::new(store.clone()),
+            lease,
+        };
         let files = tempfile::tempdir().unwrap();
         let options = AgentOptions {
             subnet_file: files.path().join("subnet.env"),
@@ -88,6 +115,16 @@ impl Running {
 
     async fn ready(&self) {
         self.until("readiness", |running| running.health.reasons().is_empty()).await;
+    }
+
+    fn subnet_env(&self) -> String {
+        std::fs::read_to_string(self.files.path().join("subnet.env")).unwrap()
+    }
+
+    async fn status(&self) -> Status {
+        let (question, answer) = tokio::sync::oneshot::channel();
+        self.ask.send(question).await.unwrap();
+        answer.await.unwrap()
     }
 
     fn shown(&self) -> String {
@@ -305,4 +342,84 @@ async fn a_node_that_was_ready_leaves_everything_in_place_when_it_stops() {
     let whole = host.state();
     assert_eq!(running.end().await, End::Stopped);
     assert_eq!(host.state(), whole);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_tunnel_follows_the_interfaces_mtu_and_shrinks_before_anything_else() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    for mtu in [1400_u32, 9000] {
+        let before = running.host.log().len();
+        running.host.rewire(|facts| facts.interfaces[0].mtu = mtu);
+        let wanted = mtu - 28;
+        running.until("subnet.env", |r| r.subnet_env().contains(&format!("FLANNEL_MTU={wanted}\n"))).await;
+        let log = running.host.log().split_off(before);
+        assert_eq!(log[0], format!("put link flannel0 type tun mtu {wanted}"));
+        assert!(
+            log[1].starts_with("put tunnel flannel0") && log[1].contains(&format!("mtu {wanted}")),
+            "{log:?}"
+        );
+        let status = running.status().await;
+        assert_eq!((status.mtu, status.interface.mtu), (wanted, mtu));
+        assert_eq!(status.mtu_reason, format!("MTU {mtu} of eth0 less 28"));
+    }
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renumbered_node_publishes_its_new_address_in_the_lease_it_holds() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    running.host.rewire(|facts| *facts = uplink(1500, &[]));
+    running.until("waiting", |r| !r.health.reasons().is_empty()).await;
+    assert_eq!(running.health.reasons(), ["eth0 has lost its address 192.0.2.1 and has no other to take"]);
+    assert!(running.status().await.interface.away.is_some());
+    running.store.cut();
+    running.host.rewire(|facts| *facts = uplink(1500, &["192.0.2.77"]));
+    running.until("the move", |r| r.shown().contains("local 192.0.2.77:8285")).await;
+    assert!(running.health.reasons().iter().any(|reason| reason.contains("lease")), "the store is away");
+    running.store.mend();
+    running.ready().await;
+    let entries = running.store.entries();
+    let value = r#"{"PublicIP":"192.0.2.77","PublicIPv6":null}"#;
+    assert_eq!(entries, [("10.1.7.0-24".to_owned(), value.to_owned())]);
+    // The address another node has now is no longer ours.
+    running.peer("10.1.9.0-24", "192.0.2.1", "");
+    running.until("the peer", |r| r.shown().contains("peer 10.1.9.0/24 at 192.0.2.1")).await;
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_interface_that_would_be_chosen_now_is_told_and_not_taken() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    running.host.rewire(|facts| {
+        let mut vpn = uplink(1400, &["198.51.100.7"]).interfaces.remove(0);
+        vpn.name = "vpn0".to_owned();
+        vpn.index = 9;
+        facts.interfaces.push(vpn);
+        facts.default_route_v4 = Some(9);
+    });
+    running.until("a look", |r| r.host.calls().observe > 3).await;
+    let status = running.status().await;
+    assert_eq!(status.interface.name, "eth0");
+    assert_eq!(status.interface.preferred.as_deref(), Some("vpn0"));
+    assert!(running.health.reasons().is_empty());
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_failed_while_the_interface_was_gone_is_tried_at_once_when_it_is_back() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    let key = Key::Tunnel("flannel0".to_owned());
+    running.host.refuse(key.clone(), "there is no network device eth0");
+    running.host.rewire(|facts| facts.interfaces.clear());
+    running.host.lose(&key);
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    running.host.allow(&key);
+    running.host.rewire(|facts| *facts = uplink(1500, &["192.0.2.1"]));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(running.health.reasons().is_empty(), "{:?}", running.health.reasons());
+    assert_eq!(running.end().await, End::Stopped);
 }

@@ -25,6 +25,10 @@ impl Backend for Alloc {
         self.interface.mtu
     }
 
+    fn mtu_reason(&self) -> String {
+        format!("MTU of {}", self.interface.name)
+    }
+
     fn desired(&self, _own: &Lease, _peers: &Peers) -> HostState {
         HostState::new()
     }

@@ -58,6 +58,10 @@ impl Backend for HostGw {
         self.interface.mtu
     }
 
+    fn mtu_reason(&self) -> String {
+        format!("MTU of {}", self.interface.name)
+    }
+
     fn desired(&self, _own: &Lease, peers: &Peers) -> HostState {
         peers
             .iter()

@@ -23,6 +23,9 @@ pub trait Backend: Send + Sync {
     /// MTU for pods in bytes, as written to `FLANNEL_MTU`.
     fn mtu(&self) -> u32;
 
+    /// Where [`Self::mtu`] comes from, for people.
+    fn mtu_reason(&self) -> String;
+
     /// Everything of ours that should be on the host.
     fn desired(&self, own: &Lease, peers: &Peers) -> HostState;
 
@@ -37,6 +40,8 @@ pub struct BackendContext {
     /// Name for a tunnel device, `flannel0` unless another agent has it.
     pub tunnel_device: String,
     pub tunnel: TunnelOptions,
+    /// `--udp-mtu`: goes before the configuration's `Backend.MTU`.
+    pub tunnel_mtu: Option<u32>,
 }
 
 /// Why a backend can't work on this host.
@@ -53,15 +58,36 @@ pub enum BackendError {
     )]
     MtuTooSmall { backend: &'static str, interface: String, mtu: u32, overhead: u32, least: u32 },
     #[error(
+        "{field} is {value}: {interface} has MTU {mtu}, of which 28 bytes are the tunnel's own headers; it must be \
+         from {least} to {}, or left out to follow the interface",
+        mtu.saturating_sub(28)
+    )]
+    MtuNotPossible { field: &'static str, value: u32, interface: String, mtu: u32, least: u32 },
+    #[error(
         "backend {backend} needs an IPv4 network: set EnableIPv4 and Network in the network configuration"
     )]
     NeedsIpv4 { backend: &'static str },
 }
 
-/// The backend that the configuration asks for.
+/// The backend that the configuration asks for, when an agent starts.
+///
+/// # Errors
+/// This host can't carry it as it is asked for.
 pub fn choose(config: &NetworkConfig, context: BackendContext) -> Result<Box<dyn Backend>, BackendError> {
+    if matches!(config.backend, BackendConfig::Udp { .. }) {
+        udp::check_mtu(config, &context)?;
+    }
+    rebuild(config, context)
+}
+
+/// The same for an agent that runs and whose interface has changed: a fixed MTU that no longer fits is cut to what does,
+/// since packets larger than the interface takes would be lost.
+///
+/// # Errors
+/// This host can't carry the backend any more.
+pub fn rebuild(config: &NetworkConfig, context: BackendContext) -> Result<Box<dyn Backend>, BackendError> {
     Ok(match config.backend {
-        BackendConfig::Udp { port } => Box::new(udp::Udp::new(config, context, port)?),
+        BackendConfig::Udp { port, .. } => Box::new(udp::Udp::new(config, context, port)?),
         BackendConfig::HostGw => Box::new(host_gw::HostGw::new(context.interface)?),
         BackendConfig::Alloc => Box::new(alloc::Alloc::new(context.interface)),
     })

@@ -6,7 +6,7 @@
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{Backend, BackendContext, BackendError, published};
-use crate::domain::config::NetworkConfig;
+use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::host_state::{Address, HostItem, HostState, Link, LinkKind, Route, Tunnel, TunnelPeer};
 use crate::domain::lease::{Lease, LeaseAttrs};
 use crate::domain::peers::Peers;
@@ -23,6 +23,41 @@ pub(super) struct Udp {
     network: Ipv4Net,
     port: u16,
     mtu: u32,
+    fixed: Option<FixedMtu>,
+}
+
+/// An MTU that the operator has chosen.
+#[derive(Clone, Copy)]
+struct FixedMtu {
+    /// Where.
+    field: &'static str,
+    value: u32,
+}
+
+fn fixed_mtu(config: &NetworkConfig, context: &BackendContext) -> Option<FixedMtu> {
+    let configured = match config.backend {
+        BackendConfig::Udp { mtu, .. } => mtu,
+        BackendConfig::HostGw | BackendConfig::Alloc => None,
+    };
+    let by_flag = context.tunnel_mtu.map(|value| FixedMtu { field: "--udp-mtu", value });
+    by_flag.or(configured.map(|value| FixedMtu { field: "Backend.MTU", value }))
+}
+
+/// Whether a fixed MTU fits the interface.
+pub(super) fn check_mtu(config: &NetworkConfig, context: &BackendContext) -> Result<(), BackendError> {
+    let interface = &context.interface;
+    match fixed_mtu(config, context) {
+        Some(FixedMtu { field, value }) if value + OVERHEAD > interface.mtu => {
+            Err(BackendError::MtuNotPossible {
+                field,
+                value,
+                interface: interface.name.clone(),
+                mtu: interface.mtu,
+                least: LEAST_MTU,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Udp {
@@ -33,7 +68,8 @@ impl Udp {
     ) -> Result<Self, BackendError> {
         let network = config.v4.as_ref().ok_or(BackendError::NeedsIpv4 { backend: "udp" })?.network;
         let underlay = context.interface.mtu.min(MOST_MTU);
-        let mtu = underlay.checked_sub(OVERHEAD).filter(|mtu| *mtu >= LEAST_MTU).ok_or_else(|| {
+        let fixed = fixed_mtu(config, &context);
+        let most = underlay.checked_sub(OVERHEAD).filter(|mtu| *mtu >= LEAST_MTU).ok_or_else(|| {
             BackendError::MtuTooSmall {
                 backend: "udp",
                 interface: context.interface.name.clone(),
@@ -42,7 +78,8 @@ impl Udp {
                 least: LEAST_MTU,
             }
         })?;
-        Ok(Self { context, network, port, mtu })
+        let mtu = fixed.map_or(most, |fixed| fixed.value.min(most));
+        Ok(Self { context, network, port, mtu, fixed })
     }
 }
 
@@ -53,6 +90,18 @@ impl Backend for Udp {
 
     fn mtu(&self) -> u32 {
         self.mtu
+    }
+
+    fn mtu_reason(&self) -> String {
+        let interface = &self.context.interface;
+        let follows = format!("MTU {} of {} less {OVERHEAD}", interface.mtu, interface.name);
+        match self.fixed {
+            None => follows,
+            Some(FixedMtu { field, value }) if value == self.mtu => format!("fixed by {field}"),
+            Some(FixedMtu { field, value }) => {
+                format!("{follows}: the {value} of {field} do not fit the interface any more")
+            }
+        }
     }
 
     fn desired(&self, own: &Lease, peers: &Peers) -> HostState {

@@ -118,6 +118,9 @@ pub(super) struct UdpFlags {
     /// Outer source port: one per flow, which spreads load, or always the tunnel's own, as flanneld sends
     #[arg(long, value_name = "flow|fixed", default_value_t)]
     pub(super) udp_source_port: SourcePort,
+    /// MTU of the tunnel, for all nodes' pods; 0 follows the interface and finds out what each path carries
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = go::integer)]
+    pub(super) udp_mtu: i64,
     /// The mounted BPF file system, where programs and maps outlive the agent
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf")]
     pub(super) bpffs_path: String,

@@ -10,6 +10,7 @@ use super::flags::{
     EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, KUBE_ANNOTATION_PREFIX, LogFlags, NET_CONFIG_PATH,
     NodeFlags, NotBuiltFlags, SUBNET_DIR,
 };
+use crate::domain::config::TUNNEL_MTUS;
 use crate::domain::host_state::TunnelOptions;
 use crate::domain::interface::{PublicAddresses, Selector};
 use crate::domain::wording::quoted;
@@ -35,6 +36,8 @@ pub struct Settings {
     /// Where `status` is answered, if at all.
     pub status_socket: Option<PathBuf>,
     pub tunnel: TunnelOptions,
+    /// The tunnel's MTU, when it is not to follow the interface.
+    pub tunnel_mtu: Option<u32>,
     /// Where the BPF file system is mounted.
     pub bpffs: PathBuf,
     pub verbosity: Verbosity,
@@ -140,6 +143,7 @@ impl Settings {
                 source_check: flags.udp.udp_source_check,
                 source_port: flags.udp.udp_source_port,
             },
+            tunnel_mtu: resolver.tunnel_mtu(flags.udp.udp_mtu)?,
             bpffs: resolver.absolute("bpffs-path", flags.udp.bpffs_path)?,
             verbosity,
             warnings: resolver.warnings,
@@ -323,6 +327,20 @@ impl Resolver<'_> {
             Ok(port) => Ok(Some(SocketAddr::new(ip, port))),
             Err(_) => {
                 Err(self.invalid("healthz-port", &port.to_string(), "must be from 1 to 65535, or 0 for off"))
+            }
+        }
+    }
+
+    fn tunnel_mtu(&self, bytes: i64) -> Result<Option<u32>, SettingsError> {
+        if bytes == 0 {
+            return Ok(None);
+        }
+        match u32::try_from(bytes) {
+            Ok(mtu) if TUNNEL_MTUS.contains(&mtu) => Ok(Some(mtu)),
+            _ => {
+                let expected = "must be from 68 to 65507 bytes and 28 less than the interface's MTU at most, or 0 to \
+                                follow the interface";
+                Err(self.invalid("udp-mtu", &bytes.to_string(), expected))
             }
         }
     }

@@ -16,9 +16,7 @@ use crate::agent::{Agent, AgentOptions, End, Node};
 use crate::backends::{self, BackendContext, BackendError};
 use crate::cli::{EtcdSettings, Settings, VERSION};
 use crate::domain::config::{BackendConfig, NetworkConfig};
-use crate::domain::interface::{
-    self, ExistingLink, ExternalInterface, Families, HostFacts, InterfaceError, Selector,
-};
+use crate::domain::interface::{self, ExistingLink, Families, InterfaceError, Selection};
 use crate::domain::lease::Lease;
 use crate::health::{self, Health};
 use crate::host::linux::{LinuxHost, LinuxHostOptions, Scope};
@@ -140,10 +138,20 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     }
 
     let netlink = Netlink::new()?;
-    let interface = external_interface(settings, &config, &netlink).await?;
+    let selection = Selection {
+        selectors: settings.selectors.clone(),
+        public: settings.public,
+        families: Families::from(&config),
+    };
+    let facts = interfaces::facts(&netlink, &selection.selectors).await?;
+    let interface = interface::choose(&selection.selectors, &facts, selection.public, selection.families)?;
     tracing::info!("using interface {interface}");
-    let mut context =
-        BackendContext { interface, tunnel_device: PROVISIONAL_DEVICE.to_owned(), tunnel: settings.tunnel };
+    let mut context = BackendContext {
+        interface,
+        tunnel_device: PROVISIONAL_DEVICE.to_owned(),
+        tunnel: settings.tunnel,
+        tunnel_mtu: settings.tunnel_mtu,
+    };
     let backend = backends::choose(&config, context.clone())?;
     let request = LeaseRequest {
         config: config.clone(),
@@ -156,11 +164,10 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
 
     // Only now it is known which of several tunnel devices carries our subnet.
     context.tunnel_device = tunnel_device(&netlink, &lease).await?;
-    let interface = context.interface.clone();
-    let backend = backends::choose(&config, context)?;
+    let backend = backends::choose(&config, context.clone())?;
     let scope = Scope { devices: backend.devices(), networks: networks(&config) };
     let host = LinuxHost::new(scope, LinuxHostOptions { bpffs: settings.bpffs.clone() })?;
-    Ok((Node { config, interface, backend, store, lease }, host))
+    Ok((Node { config, selection, context, backend, store, lease }, host))
 }
 
 fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {
@@ -174,29 +181,6 @@ fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {
         password: settings.login.as_ref().map(|login| login.password.expose().to_owned()),
         ..EtcdOptions::default()
     }
-}
-
-async fn external_interface(
-    settings: &Settings,
-    config: &NetworkConfig,
-    netlink: &Netlink,
-) -> Result<ExternalInterface, StartError> {
-    let mut can_reach = Vec::new();
-    for selector in &settings.selectors {
-        if let Selector::CanReach(address) = selector {
-            match interfaces::reach(netlink, *address).await {
-                Ok(route) => can_reach.push((*address, route)),
-                Err(error) => tracing::debug!("{error}"),
-            }
-        }
-    }
-    let facts = HostFacts {
-        interfaces: interfaces::interfaces(netlink).await?,
-        default_route_v4: interfaces::default_route(netlink, interfaces::Family::V4).await?,
-        default_route_v6: interfaces::default_route(netlink, interfaces::Family::V6).await?,
-        can_reach,
-    };
-    Ok(interface::choose(&settings.selectors, &facts, settings.public, Families::from(config))?)
 }
 
 async fn tunnel_device(netlink: &Netlink, lease: &Lease) -> Result<String, StartError> {

@@ -104,14 +104,10 @@ impl Peers {
             BackendConfig::Udp { .. } => true,
             BackendConfig::HostGw | BackendConfig::Alloc => false,
         };
-        let mut own_addresses = own_addresses.to_vec();
-        own_addresses.push(own.attrs.public_ip.into());
-        own_addresses.extend(own.attrs.public_ipv6.map(IpAddr::from));
-        own_addresses.retain(|address| !address.is_unspecified());
         Self {
             own: own.clone(),
             own_present: true,
-            own_addresses,
+            own_addresses: with_those_of(own, own_addresses),
             rules: Rules {
                 v4: config.v4.map(|range| (range.network, range.subnet_len)),
                 v6: config.v6.map(|range| (range.network, range.subnet_len)),
@@ -123,6 +119,20 @@ impl Peers {
             refused: BTreeMap::new(),
             unreadable: BTreeMap::new(),
         }
+    }
+
+    /// This node answers to other addresses from now on; those in our lease stay among them until the store shows others.
+    /// Leases that are in the way now are refused, those that no longer are come back.
+    pub fn renumber(&mut self, own_addresses: &[IpAddr]) -> Changed {
+        self.own_addresses = with_those_of(&self.own, own_addresses);
+        let named: Vec<Lease> =
+            self.accepted.values().filter(|lease| self.examine_node(lease).is_err()).cloned().collect();
+        let mut changed = Changed::No;
+        for lease in named {
+            self.vacate(&lease.subnets);
+            changed = changed.or(Changed::Yes).or(self.put(lease));
+        }
+        changed.or(self.examine_refused_again())
     }
 
     /// Takes one event over.
@@ -226,7 +236,9 @@ impl Peers {
     }
 
     fn own_seen(&mut self, lease: Lease) -> Option<OwnLease> {
-        if lease.attrs.public_ip != self.own.attrs.public_ip {
+        let ours = lease.attrs.public_ip == self.own.attrs.public_ip
+            || self.own_addresses.contains(&lease.attrs.public_ip.into());
+        if !ours {
             return self.own_gone();
         }
         let news = !self.own_present || lease != self.own;
@@ -306,6 +318,22 @@ impl Peers {
         if lease.subnets.overlaps(&self.own.subnets) {
             return Err(Refusal::OverlapsOwn(self.own.subnets));
         }
+        self.examine_node(lease)?;
+        for (first, last) in spans(&lease.subnets) {
+            let below = self.occupied.range(..=last).next_back();
+            if let Some((_, (end, subnets))) = below
+                && *end >= first
+                && end.is_ipv4() == first.is_ipv4()
+                && let Some(holder) = self.accepted.get(subnets)
+            {
+                return Err(Refusal::Overlaps { subnets: *subnets, by: node_of(holder) });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the lease's node is one packets can be sent to.
+    fn examine_node(&self, lease: &Lease) -> Result<(), Refusal> {
         let v4 = lease.subnets.v4.map(|_| IpAddr::from(lease.attrs.public_ip));
         let v6 = lease.attrs.public_ipv6.map(IpAddr::from);
         if v4.is_none() && v6.is_none() {
@@ -317,16 +345,6 @@ impl Peers {
             }
             if self.own_addresses.contains(&address) {
                 return Err(Refusal::NamesUs(address));
-            }
-        }
-        for (first, last) in spans(&lease.subnets) {
-            let below = self.occupied.range(..=last).next_back();
-            if let Some((_, (end, subnets))) = below
-                && *end >= first
-                && end.is_ipv4() == first.is_ipv4()
-                && let Some(holder) = self.accepted.get(subnets)
-            {
-                return Err(Refusal::Overlaps { subnets: *subnets, by: node_of(holder) });
             }
         }
         Ok(())
@@ -364,6 +382,13 @@ impl Changed {
             _ => Self::Yes,
         }
     }
+}
+
+/// What a node answers to: what it knows by itself, and what its lease says.
+fn with_those_of(own: &Lease, addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let published = [IpAddr::from(own.attrs.public_ip)];
+    let published = published.into_iter().chain(own.attrs.public_ipv6.map(IpAddr::from));
+    addresses.iter().copied().chain(published).filter(|address| !address.is_unspecified()).collect()
 }
 
 /// The subnets an unreadable entry would be about, when its key can be read.

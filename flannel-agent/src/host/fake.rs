@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use super::{Host, HostError};
 use crate::domain::host_state::{Change, HostItem, HostState, Key};
+use crate::domain::interface::{HostFacts, Selector};
 
 /// A handle on a made-up host; see the module.
 #[derive(Clone, Default)]
@@ -25,6 +26,7 @@ pub struct FakeHost {
 #[derive(Default)]
 struct Inner {
     state: HostState,
+    facts: HostFacts,
     refused: HashMap<Key, String>,
     unobservable: Option<String>,
     calls: Calls,
@@ -88,6 +90,12 @@ impl FakeHost {
     /// Ends [`FakeHost::refuse_to_be_observed`].
     pub fn allow_to_be_observed(&self) {
         self.lock().unobservable = None;
+    }
+
+    /// The host's interfaces are others now; wakes `disturbed`.
+    pub fn rewire(&self, change: impl FnOnce(&mut HostFacts)) {
+        change(&mut self.lock().facts);
+        self.disturbed.notify_one();
     }
 
     /// Someone else changes what is ours; wakes `disturbed`.
@@ -159,6 +167,10 @@ impl Host for FakeHost {
                 Ok(())
             })
             .collect()
+    }
+
+    async fn facts(&mut self, _selectors: &[Selector]) -> Result<HostFacts, HostError> {
+        Ok(self.lock().facts.clone())
     }
 
     async fn disturbed(&mut self) {

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 
 use super::HostError;
 use super::netlink::{AddressEntry, LinkInfo, Netlink, RouteEntry};
-use crate::domain::interface::{Interface, InterfaceAddress, RouteLookup};
+use crate::domain::interface::{HostFacts, Interface, InterfaceAddress, RouteLookup, Selector};
 
 /// An IP version, where the question is the same for both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
+enum Family {
     V4,
     V6,
 }
@@ -21,6 +21,30 @@ impl Family {
     }
 }
 
+/// What the choice of an interface depends on.
+///
+/// # Errors
+/// The kernel does not answer.
+pub async fn facts(netlink: &Netlink, selectors: &[Selector]) -> Result<HostFacts, HostError> {
+    let mut can_reach = Vec::new();
+    for selector in selectors {
+        if let Selector::CanReach(address) = selector {
+            match reach(netlink, *address).await {
+                Ok(route) => can_reach.push((*address, route)),
+                Err(error) => tracing::debug!("{error}"),
+            }
+        }
+    }
+    // The table may be long, and flags that name an interface do not ask for it.
+    let routes = if selectors.is_empty() { netlink.routes(None).await? } else { Vec::new() };
+    Ok(HostFacts {
+        interfaces: interfaces(netlink).await?,
+        default_route_v4: first_default(&routes, Family::V4),
+        default_route_v6: first_default(&routes, Family::V6),
+        can_reach,
+    })
+}
+
 /// Every interface with its addresses, both in the kernel's order.
 ///
 /// # Errors
@@ -29,15 +53,6 @@ pub async fn interfaces(netlink: &Netlink) -> Result<Vec<Interface>, HostError> 
     let links = netlink.links().await?;
     let addresses = netlink.addresses().await?;
     Ok(join(links, &addresses))
-}
-
-/// Interface index of the first default route of the main table: the one with the lowest metric, since the kernel
-/// lists them so. `None` without a default route.
-///
-/// # Errors
-/// The kernel does not answer.
-pub async fn default_route(netlink: &Netlink, family: Family) -> Result<Option<u32>, HostError> {
-    Ok(first_default(&netlink.routes(None).await?, family))
 }
 
 /// The way towards `to` and the address this host would send from (`--iface-can-reach`).
@@ -72,7 +87,8 @@ fn interface_address(entry: &AddressEntry) -> InterfaceAddress {
     }
 }
 
-/// A default route that leads nowhere (unreachable, as IPv6 has one) is none.
+/// Interface index of the first default route: the one with the lowest metric, since the kernel lists them so. A default
+/// route that leads nowhere (unreachable, as IPv6 has one) is none.
 fn first_default(routes: &[RouteEntry], family: Family) -> Option<u32> {
     routes
         .iter()

@@ -23,10 +23,11 @@ use ipnet::IpNet;
 
 use super::netlink::{AddressEntry, Events, LinkInfo, Netlink, ROUTE_PROTOCOL, RouteEntry};
 use super::udp::{TunnelReport, Tunnels, userspace};
-use super::{Host, HostError, sysctl};
+use super::{Host, HostError, interfaces, sysctl};
 use crate::domain::host_state::{
     Address, Change, HostItem, HostState, Link, LinkKind, Route, Sysctl, Tunnel, TunnelPeer,
 };
+use crate::domain::interface::{HostFacts, Selector};
 
 /// What the agent may take for its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -254,6 +255,10 @@ impl Host for LinuxHost {
             results.extend(self.apply_run(run).await);
         }
         results
+    }
+
+    async fn facts(&mut self, selectors: &[Selector]) -> Result<HostFacts, HostError> {
+        interfaces::facts(&self.netlink, selectors).await
     }
 
     async fn disturbed(&mut self) {

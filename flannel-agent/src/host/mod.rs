@@ -15,6 +15,7 @@ use async_trait::async_trait;
 
 use self::udp::TunnelReport;
 use crate::domain::host_state::{Change, HostState};
+use crate::domain::interface::{HostFacts, Selector};
 
 /// A host whose state can be read and changed.
 #[async_trait]
@@ -25,6 +26,9 @@ pub trait Host: Send {
     /// Makes the changes in the given order and says for each how it went; one failure does not stop the others.
     /// Requests of one kind go to the kernel in batches.
     async fn apply(&mut self, changes: &[Change]) -> Vec<Result<(), HostError>>;
+
+    /// What the choice of an interface depends on, as it is now.
+    async fn facts(&mut self, selectors: &[Selector]) -> Result<HostFacts, HostError>;
 
     /// Returns when someone may have touched what is ours. Cancel-safe.
     async fn disturbed(&mut self);

@@ -239,14 +239,15 @@ impl LeaseStore for MemoryStore {
         }
     }
 
-    async fn renew(&self, known: &Lease) -> Result<Lease, StoreError> {
+    async fn rewrite(&self, known: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
         let mut state = self.reach()?;
         let lost = |reason: String| StoreError::LeaseLost { subnets: known.subnets, reason };
         let key = known.subnets.to_string();
         let entry = state.entries.get(&key).ok_or_else(|| lost("it was deleted or has expired".into()))?;
-        let mut attrs = known.attrs.clone();
+        let ours = [known.attrs.public_ip, attrs.public_ip];
+        let mut attrs = attrs.clone();
         let endless = match lease(&key, entry) {
-            Ok(present) if present.attrs.public_ip != known.attrs.public_ip => {
+            Ok(present) if !ours.contains(&present.attrs.public_ip) => {
                 return Err(lost(format!("it belongs to {} now", present.attrs.public_ip)));
             }
             Ok(present) => {

@@ -49,8 +49,17 @@ pub trait LeaseStore: Send + Sync {
     /// Takes a lease by contract §3.5. Deletes nothing but a lease with our public IP that no longer fits.
     async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError>;
 
-    /// Prolongs `lease` if the store still has it in the revision we know.
-    async fn renew(&self, lease: &Lease) -> Result<Lease, StoreError>;
+    /// Prolongs `lease`, if the store still has it under our public address, and publishes `attrs` from now on. They may
+    /// name another public address of this node than the lease did: then both are ours.
+    async fn rewrite(&self, lease: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError>;
+
+    /// [`Self::rewrite`] with what it says already.
+    async fn renew(&self, lease: &Lease) -> Result<Lease, StoreError> {
+        self.rewrite(lease, &lease.attrs).await
+    }
+
+    /// This node has another address: connections made from the former one are dead, though nobody has said so yet.
+    fn reconnect(&self) {}
 
     /// Every lease, our own too, and what changes. Reconnects by itself; never ends.
     fn watch(&self) -> BoxStream<'static, LeaseEvent>;

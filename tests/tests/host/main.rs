@@ -21,7 +21,7 @@ use flannel_agent::domain::host_state::{
     TunnelOptions, TunnelPeer,
 };
 use flannel_agent::domain::interface::InterfaceAddress;
-use flannel_agent::host::interfaces::{Family, default_route, interfaces, reach};
+use flannel_agent::host::interfaces::{facts, interfaces, reach};
 use flannel_agent::host::linux::{LinuxHost, LinuxHostOptions, Scope};
 use flannel_agent::host::netlink::{Netlink, NextHop, ROUTE_PROTOCOL};
 use flannel_agent::host::{Host, HostError};

@@ -63,13 +63,14 @@ pub(crate) async fn list_interfaces() -> Outcome {
     assert_eq!(global.len(), 4);
     assert_eq!(global[0].address, "10.9.0.1".parse::<IpAddr>().unwrap());
 
-    assert_eq!(default_route(&netlink, Family::V4).await?, None);
+    assert_eq!(facts(&netlink, &[]).await?.default_route_v4, None);
     ip("route add default via 10.9.0.254 metric 300");
     ip("route add default dev under1 metric 100");
     ip("-6 route add default via fd00:9::fe");
     let under1 = all.iter().find(|interface| interface.name == "under1").unwrap();
-    assert_eq!(default_route(&netlink, Family::V4).await?, Some(under1.index));
-    assert_eq!(default_route(&netlink, Family::V6).await?, Some(under0.index));
+    let found = facts(&netlink, &[]).await?;
+    assert_eq!(found.default_route_v4, Some(under1.index));
+    assert_eq!(found.default_route_v6, Some(under0.index));
 
     let way = reach(&netlink, "10.9.0.77".parse().unwrap()).await?;
     assert_eq!(way.index, under0.index);

@@ -59,7 +59,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// Waits until pods reach each other again; how long it took.
-fn reachable(lab: &Lab, limit: Duration) -> Result<Duration> {
+pub(crate) fn reachable(lab: &Lab, limit: Duration) -> Result<Duration> {
     let (from, to) = (&lab.host(0).pod()?.netns, lab.host(1).pod()?.address);
     let started = Instant::now();
     loop {

@@ -4,6 +4,7 @@
 mod agent;
 mod damage;
 mod datastore;
+mod underlay;
 
 use std::{process::ExitCode, thread::sleep, time::Duration};
 
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let mut trials = agent::trials();
     trials.extend(damage::trials());
     trials.extend(datastore::trials());
+    trials.extend(underlay::trials());
     run(trials)
 }
 

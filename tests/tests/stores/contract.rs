@@ -285,6 +285,37 @@ pub(crate) async fn a_renewal_moves_the_end(ground: Ground) -> Result<()> {
     Ok(())
 }
 
+pub(crate) async fn a_node_with_a_new_address_keeps_its_lease(ground: Ground) -> Result<()> {
+    let node = ground.node();
+    let lease = node.acquire(&request(&network("10.5.1.0"), "192.0.2.1")).await?;
+    let mut events = node.watch();
+    first(&mut events).await?;
+    node.reconnect();
+    let attrs = LeaseAttrs::new("192.0.2.9".parse()?);
+    let moved = node.rewrite(&lease, &attrs).await?;
+    assert_eq!((moved.subnets, &moved.attrs), (lease.subnets, &attrs));
+    assert_eq!(ground.value("10.5.1.0-24").await?, r#"{"PublicIP":"192.0.2.9","PublicIPv6":null}"#);
+    // Asked once more, as after an answer that was lost.
+    let moved = node.rewrite(&lease, &attrs).await?;
+    node.renew(&moved).await?;
+    // With or without an interruption, the watch comes to know it.
+    loop {
+        let seen = match next(&mut events).await? {
+            LeaseEvent::Added(lease) => vec![lease],
+            LeaseEvent::Snapshot(leases, _) => leases,
+            _ => Vec::new(),
+        };
+        if seen.iter().any(|lease| lease.attrs == attrs) {
+            break;
+        }
+    }
+    let other = r#"{"PublicIP":"192.0.2.66","PublicIPv6":null}"#;
+    ground.put("10.5.1.0-24", other, Some(LEASE_TTL)).await?;
+    let error = node.rewrite(&moved, &lease.attrs).await.unwrap_err();
+    assert_eq!(error.to_string(), "lease 10.5.1.0-24 is lost: it belongs to 192.0.2.66 now");
+    Ok(())
+}
+
 pub(crate) async fn a_lease_that_was_taken_over_is_not_overwritten(ground: Ground) -> Result<()> {
     let node = ground.node();
     let lease = node.acquire(&request(&network("10.5.1.0"), "192.0.2.1")).await?;

@@ -124,6 +124,7 @@ fn main() -> ExitCode {
         two_nodes_with_one_public_address_share_a_lease
         a_reservation_keeps_having_no_end
         a_renewal_moves_the_end
+        a_node_with_a_new_address_keeps_its_lease
         a_lease_that_was_taken_over_is_not_overwritten
         a_deleted_lease_is_lost
         a_damaged_lease_is_put_right

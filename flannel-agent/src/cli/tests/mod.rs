@@ -60,6 +60,7 @@ fn without_flags_everything_has_flanneld_defaults() {
             healthz: None,
             status_socket: Some("/run/flannel/status.sock".into()),
             tunnel: TunnelOptions::default(),
+            tunnel_mtu: None,
             bpffs: "/sys/fs/bpf".into(),
             verbosity: Verbosity(0),
             warnings: vec![],
@@ -77,7 +78,7 @@ fn every_flag_reaches_its_setting() {
          -etcd-username u -etcd-password p -iface eth0 -iface=10.0.0.1 -iface-regex ^e -iface-can-reach 10.0.0.9 \
          -public-ip 192.0.2.1 -public-ipv6 2001:db8::1 -subnet-file /s.env -subnet-lease-renew-margin 0x10 \
          -healthz-ip ::1 -healthz-port 010470 -udp-datapath ebpf -udp-source-check enforce -udp-source-port fixed \
-         -bpffs-path /b -status-socket /s.sock -v 2",
+         -udp-mtu 1400 -bpffs-path /b -status-socket /s.sock -v 2",
     );
     assert_eq!(
         all,
@@ -105,6 +106,7 @@ fn every_flag_reaches_its_setting() {
                 source_check: SourceCheck::Enforce,
                 source_port: SourcePort::Fixed,
             },
+            tunnel_mtu: Some(1400),
             bpffs: "/b".into(),
             verbosity: Verbosity(2),
             warnings: vec![],
@@ -161,7 +163,7 @@ fn variables_stand_behind_flags_and_before_defaults() {
 fn every_flag_can_be_set_by_its_variable() {
     let command = flags::command();
     let names: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
-    assert_eq!(names.len(), 48);
+    assert_eq!(names.len(), 49);
     for name in names.into_iter().filter(|name| *name != "version") {
         // A value that is wrong for whatever is not plain text, and text that is refused or kept.
         let variable = variable(name);

@@ -139,6 +139,11 @@ fn a_value_that_can_not_be_meant_says_what_would_be_right() {
             "invalid value \"0\" for -udp-source-port: must be one of flow, fixed",
         ),
         (
+            "flanneld -udp-mtu=67",
+            "invalid value \"67\" for -udp-mtu: must be from 68 to 65507 bytes and 28 less than the interface's MTU at \
+             most, or 0 to follow the interface",
+        ),
+        (
             "flanneld -logtostderr=false",
             "invalid value \"false\" for -logtostderr: this version logs to standard error only",
         ),

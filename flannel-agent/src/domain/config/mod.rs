@@ -10,6 +10,7 @@ mod tests;
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
@@ -25,6 +26,10 @@ pub const EXAMPLE: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}
 
 /// Port of the udp backend when `Backend.Port` is missing. All nodes need the same: it is not part of the lease.
 pub const DEFAULT_UDP_PORT: u16 = 8285;
+
+/// What a tunnel's MTU can be. RFC 791: every link carries 68 bytes whole, a packet has at most 65535; the outer IPv4
+/// and UDP header take 28 of them.
+pub const TUNNEL_MTUS: RangeInclusive<u32> = 68..=65507;
 
 /// Backends of this version by their `Backend.Type`.
 const BUILT: [&str; 3] = ["udp", "host-gw", "alloc"];
@@ -77,7 +82,11 @@ pub struct SubnetRange<Net, Addr> {
 /// The `Backend` object.
 #[derive(Clone, Debug, PartialEq)]
 pub enum BackendConfig {
-    Udp { port: u16 },
+    Udp {
+        port: u16,
+        /// The tunnel's MTU in bytes, when it is not to follow the interface.
+        mtu: Option<u32>,
+    },
     HostGw,
     Alloc,
 }
@@ -179,7 +188,7 @@ impl BackendConfig {
     fn parse(config: &Object, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
         const TYPE: &str = "Backend.Type";
         let Some(object) = config.object("Backend")? else {
-            return Ok(Self::Udp { port: DEFAULT_UDP_PORT });
+            return Ok(Self::Udp { port: DEFAULT_UDP_PORT, mtu: None });
         };
         let name = object.string("Type", TYPE)?.unwrap_or_default();
         if name.is_empty() {
@@ -190,7 +199,11 @@ impl BackendConfig {
         }
         let lower = name.to_lowercase();
         let (backend, keys): (Self, &[&str]) = match lower.as_str() {
-            "udp" => (Self::Udp { port: object.port("Port", "Backend.Port")? }, &["Type", "Port"]),
+            "udp" => {
+                let port = object.port("Port", "Backend.Port")?;
+                let mtu = object.tunnel_mtu("MTU", "Backend.MTU")?;
+                (Self::Udp { port, mtu }, &["Type", "Port", "MTU"])
+            }
             "host-gw" => (Self::HostGw, &["Type"]),
             "alloc" => (Self::Alloc, &["Type"]),
             _ => {
@@ -229,7 +242,10 @@ fn did_you_mean(nearest: Option<&str>) -> String {
 impl fmt::Display for BackendConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Udp { port } => write!(f, r#"{{"Type":"udp","Port":{port}}}"#),
+            Self::Udp { port, mtu: None } => write!(f, r#"{{"Type":"udp","Port":{port}}}"#),
+            Self::Udp { port, mtu: Some(mtu) } => {
+                write!(f, r#"{{"Type":"udp","Port":{port},"MTU":{mtu}}}"#)
+            }
             Self::HostGw => f.write_str(r#"{"Type":"host-gw"}"#),
             Self::Alloc => f.write_str(r#"{"Type":"alloc"}"#),
         }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{ConfigError, DEFAULT_UDP_PORT, MAX_TEXT};
+use super::{ConfigError, DEFAULT_UDP_PORT, MAX_TEXT, TUNNEL_MTUS};
 use crate::domain::wording::{nearest, quoted, shown};
 
 /// Warnings about unknown or repeated keys that are given in full; the rest is only counted.
@@ -81,6 +81,21 @@ impl Object {
             Ok(port) if port != 0 => Ok(port),
             _ => Err(invalid(field, value, "must be a port number from 1 to 65535, without quotes")),
         }
+    }
+
+    /// `null` and a missing key are none.
+    pub(super) fn tunnel_mtu(&self, key: &str, field: &'static str) -> Result<Option<u32>, ConfigError> {
+        self.last_not_null(key)
+            .map(|value| match serde_json::from_str(value) {
+                Ok(mtu) if TUNNEL_MTUS.contains(&mtu) => Ok(mtu),
+                _ => Err(invalid(
+                    field,
+                    value,
+                    "must be the tunnel's MTU, from 68 to 65507 bytes and without quotes; a node takes it when its \
+                     interface's MTU is at least 28 larger",
+                )),
+            })
+            .transpose()
     }
 
     pub(super) fn string(&self, key: &str, field: &'static str) -> Result<Option<String>, ConfigError> {

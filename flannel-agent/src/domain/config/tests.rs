@@ -253,6 +253,8 @@ fn a_backend_that_can_not_be_used_is_named() {
     const NO_TYPE: &str =
         r#"Backend.Type is missing: name a backend, such as "udp", or leave Backend out, which is udp"#;
     const PORT: &str = "must be a port number from 1 to 65535, without quotes";
+    const TUNNEL_MTU: &str = "must be the tunnel's MTU, from 68 to 65507 bytes and without quotes; a node takes it when \
+                              its interface's MTU is at least 28 larger";
     for (backend, wanted) in [
         ("null", NO_TYPE.to_owned()),
         ("{}", NO_TYPE.to_owned()),
@@ -275,6 +277,9 @@ fn a_backend_that_can_not_be_used_is_named() {
         (r#"{"Type":"udp","Port":70000}"#, format!("Backend.Port is 70000: {PORT}")),
         (r#"{"Type":"udp","Port":1.5}"#, format!("Backend.Port is 1.5: {PORT}")),
         (r#"{"Type":"udp","Port":"x"}"#, format!(r#"Backend.Port is "x": {PORT}"#)),
+        (r#"{"Type":"udp","MTU":67}"#, format!("Backend.MTU is 67: {TUNNEL_MTU}")),
+        (r#"{"Type":"udp","MTU":65508}"#, format!("Backend.MTU is 65508: {TUNNEL_MTU}")),
+        (r#"{"Type":"udp","MTU":"1400"}"#, format!(r#"Backend.MTU is "1400": {TUNNEL_MTU}"#)),
     ] {
         let text = format!(r#"{{"Network":"10.3.0.0/16","Backend":{backend}}}"#);
         assert_eq!(NetworkConfig::parse(&text).map_err(|error| error.to_string()), Err(wanted), "{text}");

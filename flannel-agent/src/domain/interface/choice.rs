@@ -11,10 +11,15 @@ use super::{
 const LISTED: usize = 24;
 
 /// An interface, and the addresses on it that were asked for by themselves.
-struct Found<'a> {
+pub(super) struct Found<'a> {
     interface: &'a Interface,
     v4: Option<Ipv4Addr>,
     v6: Option<Ipv6Addr>,
+}
+
+/// The interface of that name.
+pub(super) fn by_name<'a>(facts: &'a HostFacts, name: &str) -> Option<&'a Interface> {
+    facts.interfaces.iter().find(|interface| interface.name == name)
 }
 
 /// Chooses the interface that carries the overlay.
@@ -33,13 +38,13 @@ pub fn choose(
     let choice = Choice { facts, public, families };
     let mut tried = Vec::new();
     if selectors.is_empty() {
-        match choice.without_selectors().and_then(|found| choice.addressed(found)) {
+        match choice.without_selectors().and_then(|found| found.addressed(public, families)) {
             Ok(interface) => return Ok(interface),
             Err(reason) => tried.push(reason),
         }
     }
     for selector in selectors {
-        match choice.find(selector).and_then(|found| choice.addressed(found)) {
+        match choice.find(selector).and_then(|found| found.addressed(public, families)) {
             Ok(interface) => return Ok(interface),
             Err(reason) => tried.push(format!("{selector}: {reason}")),
         }
@@ -92,18 +97,14 @@ impl<'a> Choice<'a> {
                 }
             }
         }
-        Ok(Found { interface, v4: None, v6: None })
+        Ok(Found::of(interface))
     }
 
     fn find(&self, selector: &Selector) -> Result<Found<'a>, String> {
         match selector {
             Selector::Address(address) => self.by_address(*address),
-            Selector::Name(name) => self
-                .facts
-                .interfaces
-                .iter()
-                .find(|interface| interface.name == *name)
-                .map(|interface| Found { interface, v4: None, v6: None })
+            Selector::Name(name) => by_name(self.facts, name)
+                .map(Found::of)
                 .ok_or_else(|| "there is no interface of that name".to_owned()),
             Selector::Pattern(pattern) => self.by_pattern(pattern),
             Selector::CanReach(address) => {
@@ -117,7 +118,7 @@ impl<'a> Choice<'a> {
                 Ok(match route.source {
                     Some(IpAddr::V4(source)) => Found { interface, v4: Some(source), v6: None },
                     Some(IpAddr::V6(source)) => Found { interface, v4: None, v6: Some(source) },
-                    None => Found { interface, v4: None, v6: None },
+                    None => Found::of(interface),
                 })
             }
         }
@@ -165,7 +166,7 @@ impl<'a> Choice<'a> {
             .or_else(|| {
                 let interface =
                     self.facts.interfaces.iter().find(|interface| pattern.matches(&interface.name))?;
-                Some(Found { interface, v4: None, v6: None })
+                Some(Found::of(interface))
             })
             .ok_or_else(|| "no interface's address or name matches".to_owned())
     }
@@ -184,16 +185,27 @@ impl<'a> Choice<'a> {
             .iter()
             .find(|interface| interface.addresses.iter().any(|held| held.address == address))
     }
+}
+
+impl<'a> Found<'a> {
+    pub(super) fn of(interface: &'a Interface) -> Self {
+        Self { interface, v4: None, v6: None }
+    }
 
     /// Fills in the addresses that were not asked for, and refuses an interface that can't carry anything.
-    fn addressed(&self, Found { interface, v4, v6 }: Found<'a>) -> Result<ExternalInterface, String> {
+    pub(super) fn addressed(
+        self,
+        public: PublicAddresses,
+        families: Families,
+    ) -> Result<ExternalInterface, String> {
+        let Found { interface, v4, v6 } = self;
         if interface.mtu == 0 {
             return Err(format!("{} has an MTU of 0", interface.name));
         }
         let address = v4
             .or_else(|| usable_v4(interface).into_iter().next())
             .ok_or_else(|| format!("{} has no usable IPv4 address", interface.name))?;
-        let address_v6 = match self.families {
+        let address_v6 = match families {
             Families::V4 => None,
             Families::Dual => Some(
                 v6.or_else(|| usable_v6(interface).into_iter().next())
@@ -205,9 +217,9 @@ impl<'a> Choice<'a> {
             index: interface.index,
             mtu: interface.mtu,
             address,
-            public_ip: self.public.v4.unwrap_or(address),
+            public_ip: public.v4.unwrap_or(address),
             address_v6,
-            public_ipv6: address_v6.map(|address| self.public.v6.unwrap_or(address)),
+            public_ipv6: address_v6.map(|address| public.v6.unwrap_or(address)),
         })
     }
 }

@@ -4,6 +4,7 @@
 //! kernel is `host/`'s part. The rules are those of today's flanneld.
 
 mod choice;
+mod follow;
 #[cfg(test)]
 mod tests;
 mod tunnel_device;
@@ -15,6 +16,7 @@ use std::str::FromStr;
 use regex::{Regex, RegexBuilder};
 
 pub use self::choice::choose;
+pub use self::follow::{Followed, Selection, follow, preferred};
 pub use self::tunnel_device::{ExistingLink, tunnel_device_name};
 use super::config::NetworkConfig;
 

@@ -287,3 +287,96 @@ proptest! {
         }
     }
 }
+
+/// The interface as flags chose it on [`host`], and the flags.
+fn started_with(line: &str) -> (ExternalInterface, Selection) {
+    let (selectors, public) = flags(line);
+    let current = choose(&selectors, &host(), public, Families::V4).unwrap();
+    (current, Selection { selectors, public, families: Families::V4 })
+}
+
+#[test]
+fn a_chosen_interface_is_followed_and_never_left() {
+    let eth0 = |addresses: &[&str]| {
+        let mut facts = host();
+        facts.interfaces[1] = interface(2, "eth0", addresses);
+        facts
+    };
+    let remade = {
+        let mut facts = eth0(&["192.168.1.9"]);
+        facts.interfaces[1].index = 77;
+        facts.interfaces[1].mtu = 1400;
+        facts
+    };
+    let gone = {
+        let mut facts = host();
+        facts.interfaces.remove(1);
+        facts.default_route_v4 = Some(3);
+        facts
+    };
+    let without_route = |addresses: &[&str]| HostFacts { default_route_v4: Some(3), ..eth0(addresses) };
+    let rows = [
+        ("as it was", "", host(), "eth0 2 1500 192.168.1.9"),
+        ("made anew", "", remade, "eth0 77 1400 192.168.1.9"),
+        ("gone", "", gone.clone(), "interface eth0 is gone"),
+        ("gone, and another would do", "--iface=eth0 --iface=eth1", gone, "interface eth0 is gone"),
+        ("a better address came", "", eth0(&["192.168.1.8", "192.168.1.9"]), "eth0 2 1500 192.168.1.9"),
+        ("renumbered", "", eth0(&["192.168.1.8"]), "eth0 2 1500 192.168.1.8"),
+        ("renumbered, the route comes later", "", without_route(&["192.168.1.8"]), "eth0 2 1500 192.168.1.8"),
+        ("by name", "--iface=eth0", eth0(&["192.168.1.8"]), "eth0 2 1500 192.168.1.8"),
+        (
+            "no address left",
+            "",
+            eth0(&["fe80::2"]),
+            "eth0 has lost its address 192.168.1.9 and has no other to take",
+        ),
+        (
+            "flags name the address",
+            "--iface=192.168.1.9",
+            eth0(&["192.168.1.8"]),
+            "eth0 has lost its address 192.168.1.9 and has no other to take",
+        ),
+        (
+            "the public address is the choice",
+            "--public-ip=192.168.1.9",
+            eth0(&["192.168.1.8"]),
+            "eth0 has lost its address 192.168.1.9 and has no other to take",
+        ),
+        (
+            "a pattern that fits no longer",
+            "--iface-regex=^192\\.168\\.1\\.9$",
+            eth0(&["192.168.1.8"]),
+            "eth0 has lost its address 192.168.1.9 and has no other to take",
+        ),
+        (
+            "no MTU",
+            "",
+            {
+                let mut facts = host();
+                facts.interfaces[1].mtu = 0;
+                facts
+            },
+            "interface eth0 has an MTU of 0",
+        ),
+    ];
+    for (name, line, facts, expected) in rows {
+        let (current, selection) = started_with(line);
+        let said = match follow(&current, &selection, &facts) {
+            Followed::There(now) => format!("{} {} {} {}", now.name, now.index, now.mtu, now.address),
+            Followed::Away(reason) => reason,
+        };
+        assert_eq!(said, expected, "{name}");
+    }
+}
+
+#[test]
+fn what_a_restart_would_choose_is_told_when_it_is_another() {
+    let (current, selection) = started_with("");
+    assert_eq!(preferred(&current, &selection, &host()), None);
+    let moved = HostFacts { default_route_v4: Some(3), ..host() };
+    assert_eq!(preferred(&current, &selection, &moved).as_deref(), Some("eth1"));
+    // A moment without a default route is no other choice.
+    assert_eq!(preferred(&current, &selection, &HostFacts { default_route_v4: None, ..host() }), None);
+    let (current, selection) = started_with("--iface=eth0");
+    assert_eq!(preferred(&current, &selection, &moved), None);
+}

@@ -173,6 +173,11 @@ impl FromStr for Subnets {
 }
 
 impl LeaseAttrs {
+    /// Whether both name the same node addresses.
+    pub fn names_the_node_of(&self, other: &Self) -> bool {
+        (self.public_ip, self.public_ipv6) == (other.public_ip, other.public_ipv6)
+    }
+
     /// What a node with this address and no backend data publishes (udp, alloc).
     pub fn new(public_ip: Ipv4Addr) -> Self {
         Self {

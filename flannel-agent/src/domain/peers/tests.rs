@@ -170,7 +170,8 @@ fn claims_that_cannot_be_true_are_refused_with_the_reason() {
 
 #[test]
 fn only_the_udp_backend_insists_on_one_prefix_length() {
-    for (backend, believed) in [(BackendConfig::Udp { port: 8285 }, 0), (BackendConfig::HostGw, 1)] {
+    for (backend, believed) in [(BackendConfig::Udp { port: 8285, mtu: None }, 0), (BackendConfig::HostGw, 1)]
+    {
         let mut peers = Peers::new(&lease(OWN, "192.0.2.1"), &config(backend), &[]);
         peers.fold(snapshot(&[("10.5.2.0-25", "192.0.2.2")]));
         assert_eq!(peers.len(), believed);
@@ -298,4 +299,23 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_renumbered_node_is_known_by_both_addresses_until_the_store_shows_the_new_one() {
+    let mut peers = peers();
+    peers.fold(snapshot(&[("10.5.2.0-24", "192.0.2.2"), ("10.5.3.0-24", "192.0.2.77")]));
+    // Whoever had the address before us is not to get our own packets.
+    assert_eq!(peers.renumber(&["192.0.2.77".parse().unwrap()]), Changed::Yes);
+    assert_eq!(
+        say(&mut peers, added(OWN, "192.0.2.1")),
+        "same\n10.5.2.0-24 192.0.2.2\n\
+         lease 10.5.3.0-24 of 192.0.2.77 is refused: it names our own address 192.0.2.77"
+    );
+    let said = say(&mut peers, added(OWN, "192.0.2.77"));
+    assert!(said.contains("own revision"), "{said}");
+    peers.renumber(&["192.0.2.77".parse().unwrap()]);
+    let said = say(&mut peers, added("10.5.4.0-24", "192.0.2.1"));
+    assert!(said.contains("changed") && said.contains("10.5.4.0-24 192.0.2.1"), "{said}");
+    assert!(say(&mut peers, added(OWN, "192.0.2.1")).contains("own gone"), "another node's now");
 }

@@ -129,6 +129,7 @@ impl Running {
             && user.path.is_running().is_ok()
             && serves(&user.tunnel, tunnel)
         {
+            user.path.set_mtu(tunnel.mtu);
             return Ok(());
         }
         // The old one holds the port.
@@ -386,11 +387,10 @@ fn first_role(datapath: Datapath) -> Role {
     }
 }
 
-/// Whether a user-space path started for one tunnel does for the other.
+/// Whether a user-space path started for one tunnel does for the other. An MTU is no reason to start it again.
 fn serves(started: &Tunnel, wanted: &Tunnel) -> bool {
-    let key = |t: &Tunnel| {
-        (t.device.clone(), t.local, t.port, t.mtu, t.network, t.own_subnet, t.options.source_check)
-    };
+    let key =
+        |t: &Tunnel| (t.device.clone(), t.local, t.port, t.network, t.own_subnet, t.options.source_check);
     key(started) == key(wanted)
 }
 

@@ -60,6 +60,9 @@ trait Registry: Send + Sync {
         folder: &str,
         revision: u64,
     ) -> Result<BoxStream<'static, Result<Vec<Notice>, WatchEnd>>, RegistryError>;
+
+    /// Leaves every connection; watches end, and the next call makes a new one.
+    fn reconnect(&self);
 }
 
 /// A key as the store has it.
@@ -235,16 +238,17 @@ impl EtcdStore {
     }
 
     /// One try to write our lease again; `None` when it changed in between.
-    async fn try_renew(&self, known: &Lease) -> Result<Option<Lease>, StoreError> {
+    async fn try_rewrite(&self, known: &Lease, attrs: &LeaseAttrs) -> Result<Option<Lease>, StoreError> {
         let lost = |reason: String| StoreError::LeaseLost { subnets: known.subnets, reason };
         let key = self.key(known.subnets);
         let present = self.registry.get(&key).await.map_err(|error| self.failed(error))?;
         let Some(entry) = present else {
             return Err(lost("it was deleted or has expired".into()));
         };
-        let mut attrs = known.attrs.clone();
+        let ours = [known.attrs.public_ip, attrs.public_ip];
+        let mut attrs = attrs.clone();
         let ttl = match decode(&key, &known.subnets.to_string(), &entry.value) {
-            Ok((_, present)) if present.public_ip != known.attrs.public_ip => {
+            Ok((_, present)) if !ours.contains(&present.public_ip) => {
                 return Err(lost(format!("it belongs to {} now", present.public_ip)));
             }
             // Another daemon with our public address, or an operator, may have written it: still ours.
@@ -303,9 +307,9 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    async fn renew(&self, lease: &Lease) -> Result<Lease, StoreError> {
+    async fn rewrite(&self, lease: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
         for tries in 1..=TRIES {
-            if let Some(lease) = self.try_renew(lease).await? {
+            if let Some(lease) = self.try_rewrite(lease, attrs).await? {
                 return Ok(lease);
             }
             self.step_aside(tries).await;
@@ -314,6 +318,10 @@ impl LeaseStore for EtcdStore {
             store: self.registry.name().into(),
             reason: format!("lease {} was changed by others {TRIES} times in a row", lease.subnets),
         })
+    }
+
+    fn reconnect(&self) {
+        self.registry.reconnect();
     }
 
     fn watch(&self) -> BoxStream<'static, LeaseEvent> {

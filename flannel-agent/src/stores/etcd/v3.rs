@@ -7,8 +7,8 @@
 
 use std::error::Error as _;
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,6 +19,7 @@ use etcd_client::{
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::options::{Checked, Endpoint};
 use super::{Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd, Written};
@@ -51,11 +52,13 @@ struct Servers {
     user: Option<(String, String)>,
     /// Index of the server that answered last.
     current: AtomicUsize,
+    /// Cancelled when the connections of its time are to be left.
+    era: Mutex<CancellationToken>,
 }
 
 struct Server {
     endpoint: Endpoint,
-    client: OnceCell<Client>,
+    client: Mutex<Arc<OnceCell<Client>>>,
 }
 
 /// Why one server did not do what it was asked.
@@ -73,9 +76,10 @@ impl V3 {
         let list = options
             .endpoints
             .into_iter()
-            .map(|endpoint| Server { endpoint, client: OnceCell::new() })
+            .map(|endpoint| Server { endpoint, client: Mutex::default() })
             .collect();
-        let servers = Servers { list, user: options.user, current: AtomicUsize::new(0) };
+        let servers =
+            Servers { list, user: options.user, current: AtomicUsize::new(0), era: Mutex::default() };
         Self { name, servers: Arc::new(servers) }
     }
 
@@ -199,7 +203,8 @@ impl Server {
                 other => other,
             }
         };
-        let client = self.client.get_or_try_init(connect).await;
+        let slot = lock(&self.client).clone();
+        let client = slot.get_or_try_init(connect).await;
         client.cloned().map_err(|error| self.judge(&error))
     }
 
@@ -356,6 +361,7 @@ impl Registry for V3 {
     ) -> Result<BoxStream<'static, Result<Vec<Notice>, WatchEnd>>, RegistryError> {
         let from = i64::try_from(revision.saturating_add(1)).unwrap_or(i64::MAX);
         let options = WatchOptions::new().with_prefix().with_start_revision(from);
+        let era = lock(&self.servers.era).clone();
         let (watch, index) = self
             .call(|mut client| {
                 let options = options.clone();
@@ -363,7 +369,7 @@ impl Registry for V3 {
             })
             .await?;
         let state = Some((watch, self.servers.clone(), index));
-        Ok(stream::unfold(state, |state| async move {
+        let notices = stream::unfold(state, |state| async move {
             let (mut watch, servers, index) = state?;
             match next_notices(&mut watch).await {
                 Ok(notices) => Some((Ok(notices), Some((watch, servers, index)))),
@@ -374,9 +380,22 @@ impl Registry for V3 {
                     Some((Err(end), None))
                 }
             }
-        })
-        .boxed())
+        });
+        let end = WatchEnd::Broken("its connection was made from this node's former address".into());
+        Ok(notices.take_until(era.cancelled_owned()).chain(stream::once(async { Err(end) })).boxed())
     }
+
+    fn reconnect(&self) {
+        for server in &self.servers.list {
+            *lock(&server.client) = Arc::default();
+        }
+        std::mem::take(&mut *lock(&self.servers.era)).cancel();
+    }
+}
+
+/// Each holds one value that is replaced whole: a panic elsewhere leaves it usable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Servers {

@@ -326,6 +326,8 @@ mod tests {
             Ok(Some(Duration::from_secs(60)))
         }
 
+        fn reconnect(&self) {}
+
         async fn watch(
             &self,
             _: &str,

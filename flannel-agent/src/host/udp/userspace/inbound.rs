@@ -161,14 +161,12 @@ fn accept<'p>(
     let Some(inner) = whole(datagram).map(|(ip, _)| *ip) else {
         return drop(Counter::Malformed, datagram.len());
     };
-    let total = usize::from(inner.total_length());
+    let (total, mtu) = (usize::from(inner.total_length()), shared.mtu());
     let large = match content {
-        None if total > shared.mtu => {
-            datagram.get(..total).and_then(Unfinished::of).and_then(|p| p.above(shared.mtu))
-        }
+        None if total > mtu => datagram.get(..total).and_then(Unfinished::of).and_then(|p| p.above(mtu)),
         other => other,
     };
-    if large.map_or(total, |large| large.packet_len()) > shared.mtu {
+    if large.map_or(total, |large| large.packet_len()) > mtu {
         return drop(Counter::Oversize, total);
     }
     let packets = large.map_or(1, |large| large.count(total));

@@ -48,7 +48,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread::{self, JoinHandle},
 };
@@ -156,7 +156,7 @@ impl UserTunnel {
             device,
             socket,
             settings: settings(&config),
-            mtu: usize::try_from(config.mtu).unwrap_or(usize::MAX),
+            mtu: AtomicU32::new(config.mtu),
             address: config.own_subnet.network(),
             peers: ArcSwap::default(),
             role: RwLock::new(config.role),
@@ -188,6 +188,11 @@ impl UserTunnel {
     pub fn set_peers(&self, peers: Vec<(Ipv4Net, Ipv4Addr)>) {
         let table = PeerTable::new(peers, &self.shared.peers.load());
         self.shared.peers.store(Arc::new(table));
+    }
+
+    /// The device's MTU is another one now.
+    pub fn set_mtu(&self, mtu: u32) {
+        self.shared.mtu.store(mtu, Ordering::Relaxed);
     }
 
     /// Takes effect before it returns: with [`UdpGro::Forbidden`] no datagram is merged from now on.
@@ -252,7 +257,7 @@ struct Shared {
     device: Queue,
     socket: Socket,
     settings: Settings,
-    mtu: usize,
+    mtu: AtomicU32,
     /// The device's address.
     address: Ipv4Addr,
     peers: ArcSwap<PeerTable>,
@@ -264,6 +269,10 @@ struct Shared {
 }
 
 impl Shared {
+    fn mtu(&self) -> usize {
+        usize::try_from(self.mtu.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
+    }
+
     fn role(&self) -> Role {
         *self.role.read().unwrap_or_else(PoisonError::into_inner)
     }
