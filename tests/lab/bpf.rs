@@ -1,4 +1,5 @@
-//! Two XDP programs of a few instructions: one hands every frame to another device, one does nothing.
+//! bpf(2) without a library: two XDP programs of a few instructions, one hands every frame to another device, one does
+//! nothing; and what can be read from outside of programs and maps that an agent pinned.
 //!
 //! A veth pair whose far end redirects is what a wire is to a node: frames become XDP frames, so the receiver gets fresh
 //! packets without anything the sender's stack knew of them (no segmentation state, no unfinished checksums), each at
@@ -16,6 +17,7 @@ use anyhow::{Context as _, Result};
 use crate::namespace::Namespace;
 
 /// `enum bpf_cmd`, linux/bpf.h
+const MAP_LOOKUP: libc::c_long = 1;
 const PROG_LOAD: libc::c_long = 5;
 const OBJ_GET: libc::c_long = 7;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
@@ -134,14 +136,54 @@ impl RunTime {
 /// # Errors
 /// Nothing is pinned there, or it is no link.
 pub fn run_time(pinned_link: &Path) -> Result<RunTime> {
-    let mut path = pinned_link.to_string_lossy().into_owned().into_bytes();
-    path.push(0);
-    let link = bpf_fd(OBJ_GET, Attributes::default().u64(path.as_ptr() as u64))
-        .with_context(|| format!("open the link {}", pinned_link.display()))?;
+    let link = pinned(pinned_link)?;
     let id = fdinfo(&link, "prog_id")?;
     let program = bpf_fd(PROG_GET_FD_BY_ID, Attributes::default().u32(u32::try_from(id).context("prog_id")?))
         .with_context(|| format!("open BPF program {id}"))?;
     Ok(RunTime { nanoseconds: fdinfo(&program, "run_time_ns")?, runs: fdinfo(&program, "run_cnt")? })
+}
+
+/// A pinned map with values of at most 256 bytes, to look into.
+#[derive(Debug)]
+pub struct PinnedMap {
+    map: OwnedFd,
+}
+
+impl PinnedMap {
+    /// # Errors
+    /// Nothing is pinned there, or it is no such map.
+    pub fn open(path: &Path) -> Result<Self> {
+        let map = pinned(path)?;
+        let size = fdinfo(&map, "value_size")?;
+        anyhow::ensure!(size <= 256, "{} has values of {size} bytes", path.display());
+        Ok(Self { map })
+    }
+
+    /// True when there is an entry for a key of four bytes.
+    ///
+    /// # Errors
+    /// The kernel refuses to look.
+    pub fn has(&self, key: [u8; 4]) -> Result<bool> {
+        let mut value = [0_u8; 256];
+        // map_fd, padding, key, value, flags
+        let attributes = Attributes::default()
+            .u32(descriptor(self.map.as_raw_fd()))
+            .u32(0)
+            .u64(key.as_ptr() as u64)
+            .u64(value.as_mut_ptr() as u64);
+        match bpf(MAP_LOOKUP, &attributes) {
+            Ok(_) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(e) => Err(e).context("look a key up in a map"),
+        }
+    }
+}
+
+fn pinned(path: &Path) -> Result<OwnedFd> {
+    let mut bytes = path.to_string_lossy().into_owned().into_bytes();
+    bytes.push(0);
+    bpf_fd(OBJ_GET, Attributes::default().u64(bytes.as_ptr() as u64))
+        .with_context(|| format!("open the pin {}", path.display()))
 }
 
 fn fdinfo(fd: &OwnedFd, key: &str) -> Result<u64> {
@@ -190,13 +232,15 @@ fn descriptor(fd: RawFd) -> u32 {
 
 /// A bpf(2) command that returns a descriptor.
 fn bpf_fd(command: libc::c_long, attributes: Attributes) -> io::Result<OwnedFd> {
+    let fd = bpf(command, &attributes)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf(command: libc::c_long, attributes: &Attributes) -> io::Result<RawFd> {
     // SAFETY: the attributes are as long as said; the pointers in them are to memory that the callers keep until the call
-    // returns, and the kernel only reads through them.
-    let fd =
+    // returns, as long as the kernel reads or writes there.
+    let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, attributes.bytes.as_ptr(), attributes.bytes.len()) };
-    match i32::try_from(fd) {
-        // SAFETY: the kernel has just made this descriptor for us.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
+    RawFd::try_from(result).ok().filter(|result| *result >= 0).ok_or_else(io::Error::last_os_error)
 }

@@ -29,6 +29,7 @@ pub mod datastore;
 pub mod namespace;
 pub mod probe;
 pub mod proxy;
+pub mod readiness;
 pub mod reference;
 pub mod topology;
 

@@ -35,6 +35,20 @@ impl Metric {
         Self::RoundTrip99,
     ];
 
+    /// With its unit, for programs.
+    pub(super) const fn key(self) -> &'static str {
+        match self {
+            Self::Tcp1 => "tcp_1_stream_gbit_per_s",
+            Self::Tcp4 => "tcp_4_streams_gbit_per_s",
+            Self::Retransmits => "tcp_1_stream_retransmits_per_gb",
+            Self::CpuPerGb => "tcp_1_stream_cpu_s_per_gb",
+            Self::Udp64 => "udp_64_bytes_received_k_per_s",
+            Self::Requests => "tcp_requests_k_per_s",
+            Self::RoundTrip => "tcp_round_trip_p50_us",
+            Self::RoundTrip99 => "tcp_round_trip_p99_us",
+        }
+    }
+
     /// With its unit, for people.
     pub(super) const fn title(self) -> &'static str {
         match self {

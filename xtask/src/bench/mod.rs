@@ -10,17 +10,26 @@
 
 mod figures;
 mod floors;
+mod peers;
+mod plot;
+mod programs;
+mod report;
+mod start;
 mod table;
 mod traffic;
 mod variants;
 
-use std::{path::PathBuf, process::Command, time::Instant};
+use std::{
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use flannel_tests::namespace::private_mounts;
 
 use self::{
-    floors::Broken,
+    report::Report,
     traffic::{Mode, Pace},
     variants::Variant,
 };
@@ -47,6 +56,12 @@ pub(crate) struct Arguments {
     /// Everything once and briefly, in a minute or two: shows that it works, judges nothing
     #[arg(long)]
     quick: bool,
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the traffic figures into this file
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -55,10 +70,21 @@ enum Part {
     Wire,
     /// Traffic where packets of 64 KiB cross whole
     Super,
+    /// Start of the agent to ready
+    Start,
+    /// Up to 10,000 peers: time to program them, memory
+    Peers,
+    /// Nanoseconds in the eBPF programs
+    Programs,
 }
 
 impl Part {
-    const ALL: [Self; 2] = [Self::Wire, Self::Super];
+    fn name(self) -> String {
+        clap::ValueEnum::to_possible_value(&self)
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    const ALL: [Self; 5] = [Self::Wire, Self::Super, Self::Start, Self::Peers, Self::Programs];
 }
 
 /// Builds, measures, judges.
@@ -86,26 +112,31 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         agent,
         rounds: if arguments.quick { 1 } else { usize::from(arguments.rounds) },
         pace: if arguments.quick { Pace::QUICK } else { Pace::FULL },
+        quick: arguments.quick,
         variants: arguments.variants.clone(),
     };
     let mut parts = if arguments.only.is_empty() { Part::ALL.to_vec() } else { arguments.only.clone() };
     parts.sort_unstable();
     parts.dedup();
 
-    let mut broken = Vec::new();
+    let mut report = Report::default();
     for part in parts {
-        broken.extend(bench.run(part).with_context(|| format!("{part:?}"))?);
+        bench.run(part, &mut report).with_context(|| format!("bench --only {}", part.name()))?;
+    }
+    if let Some(path) = &arguments.json {
+        report.write_json(path)?;
+    }
+    if let Some(path) = &arguments.plot {
+        plot::write(path, &report.traffic)?;
     }
     println!("\nall of it: {}", seconds(started.elapsed()));
     if arguments.quick {
         println!("--quick: nothing was judged");
         return Ok(());
     }
-    if broken.is_empty() {
-        return Ok(());
-    }
-    let lines: Vec<String> = broken.iter().map(ToString::to_string).collect();
-    bail!("{} below the floor:\n  {}", broken.len(), lines.join("\n  "))
+    let broken: Vec<String> = report.broken.iter().map(ToString::to_string).collect();
+    ensure!(broken.is_empty(), "{} figures are below the floor:\n  {}", broken.len(), broken.join("\n  "));
+    Ok(())
 }
 
 /// The same again in a release build: the proxy that stands for the original is part of this program.
@@ -124,6 +155,7 @@ struct Bench {
     agent: PathBuf,
     rounds: usize,
     pace: Pace,
+    quick: bool,
     variants: Vec<String>,
 }
 
@@ -134,13 +166,38 @@ impl Bench {
             || self.variants.iter().any(|part| variant.name.contains(part.as_str()))
     }
 
-    fn run(&self, part: Part) -> Result<Vec<Broken>> {
-        let mode = match part {
-            Part::Wire => Mode::Wire,
-            Part::Super => Mode::SuperPackets,
-        };
+    /// How long a flood of datagrams lasts.
+    fn flood(&self) -> Duration {
+        self.pace.flood
+    }
+
+    fn run(&self, part: Part, report: &mut Report) -> Result<()> {
+        match part {
+            Part::Wire => self.traffic(Mode::Wire, report)?,
+            Part::Super => self.traffic(Mode::SuperPackets, report)?,
+            Part::Start => {
+                let started = start::measure(self)?;
+                println!("\n{}", table::start(&started));
+                report.started = Some(started);
+            }
+            Part::Peers => {
+                report.peers = peers::measure(self)?;
+                println!("\n{}", table::peers(&report.peers));
+            }
+            Part::Programs => {
+                let programs = programs::measure(self)?;
+                println!("\n{}", table::programs(&programs));
+                report.programs = Some(programs);
+            }
+        }
+        Ok(())
+    }
+
+    fn traffic(&self, mode: Mode, report: &mut Report) -> Result<()> {
         let measured = traffic::measure(self, mode)?;
         println!("\n{}", table::traffic(&measured));
-        Ok(floors::judge(&measured))
+        report.broken.extend(floors::judge(&measured));
+        report.traffic.push(measured);
+        Ok(())
     }
 }

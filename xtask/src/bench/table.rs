@@ -4,6 +4,9 @@ use comfy_table::{Cell, CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
 use super::{
     figures::{Metric, Summary},
+    peers::Peers,
+    programs::Programs,
+    start::Started,
     traffic::{Measured, Row},
     variants::{HOST_GW, VXLAN},
 };
@@ -51,4 +54,58 @@ fn range(summary: Summary) -> String {
         _ => 2,
     };
     format!("{:.digits$} ({:.digits$}–{:.digits$})", summary.median, summary.least, summary.most)
+}
+
+/// Start to ready.
+pub(super) fn start(started: &Started) -> Table {
+    let mut table = new(&["start to ready", "ms"]);
+    table.add_row(["fresh lease".to_owned(), range(started.fresh)]);
+    table.add_row(["reused lease".to_owned(), range(started.reused)]);
+    table
+}
+
+/// Large networks.
+pub(super) fn peers(rows: &[Peers]) -> Table {
+    let mut table = new(&[
+        "backend",
+        "peers",
+        "start to ready, ms",
+        "after a crash, ms",
+        "one change, ms",
+        "RSS at rest, MB",
+    ]);
+    for row in rows {
+        table.add_row([
+            row.backend.to_owned(),
+            row.count.to_string(),
+            format!("{:.0}", row.start),
+            format!("{:.0}", row.restart),
+            range(row.change),
+            format!("{:.1}", row.memory),
+        ]);
+    }
+    table
+}
+
+/// Nanoseconds in the programs.
+pub(super) fn programs(programs: &Programs) -> Table {
+    let mut table = new(&["program", "source check", "ns per run"]);
+    for ((tier, program, check), figures) in &programs.loaded {
+        table.add_row([format!("{tier} tier: {program}"), (*check).to_owned(), range(*figures)]);
+    }
+    for (name, median, spread) in &programs.test_runs {
+        table.add_row([
+            format!("test run: {}", name.replace('_', " ")),
+            String::new(),
+            format!("{median:.0} ± {spread:.0}"),
+        ]);
+    }
+    table
+}
+
+fn new(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    table.set_header(header);
+    table
 }

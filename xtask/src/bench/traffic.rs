@@ -33,7 +33,7 @@ impl Mode {
 pub(super) struct Pace {
     one_stream: Duration,
     four_streams: Duration,
-    flood: Duration,
+    pub(super) flood: Duration,
     requests: Duration,
 }
 
