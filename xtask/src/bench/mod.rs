@@ -30,7 +30,7 @@ use flannel_tests::namespace::private_mounts;
 
 use self::{
     report::Report,
-    traffic::{Mode, Pace},
+    traffic::{Load, Mode, Pace},
     variants::Variant,
 };
 use crate::{
@@ -50,10 +50,13 @@ pub(crate) struct Arguments {
     /// Only variants whose name contains one of these; host-gw and vxlan always run, they are what is compared with
     #[arg(long, value_delimiter = ',')]
     variants: Vec<String>,
+    /// Only these loads, where traffic is measured; one TCP stream is also what CPU and retransmits are told of
+    #[arg(long, value_enum, value_delimiter = ',')]
+    loads: Vec<Load>,
     /// How many rounds; fewer than 10 do not resolve 10 %
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     rounds: u16,
-    /// Everything once and briefly, in a minute or two: shows that it works, judges nothing
+    /// Everything once, briefly, with unoptimised builds: shows in a minute that it works, judges nothing
     #[arg(long)]
     quick: bool,
     /// Write all figures to this file
@@ -98,13 +101,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if cfg!(debug_assertions) {
         setup::run()?;
         build_ebpf::run()?;
-        return run_optimised();
+        if !arguments.quick {
+            return run_optimised();
+        }
     }
-    let mut build = cargo();
-    build.args(["build", "--release", "--package", "flannel-agent"]);
-    cargo_step("build the agent (release)", "bench-agent", &mut build)?;
-    let agent = workspace().join("target/release/flannel-agent");
-    ensure!(agent.is_file(), "cargo built no {}", agent.display());
+    let agent = build_agent(arguments)?;
     // Before any thread. Labs mount a bpffs each.
     private_mounts()?;
 
@@ -114,6 +115,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         pace: if arguments.quick { Pace::QUICK } else { Pace::FULL },
         quick: arguments.quick,
         variants: arguments.variants.clone(),
+        loads: arguments.loads.clone(),
     };
     let mut parts = if arguments.only.is_empty() { Part::ALL.to_vec() } else { arguments.only.clone() };
     parts.sort_unstable();
@@ -131,12 +133,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     println!("\nall of it: {}", seconds(started.elapsed()));
     if arguments.quick {
-        println!("--quick: nothing was judged");
+        println!(
+            "--quick: everything ran; figures of short loads and unoptimised builds mean nothing, none was judged"
+        );
         return Ok(());
     }
     let broken: Vec<String> = report.broken.iter().map(ToString::to_string).collect();
     ensure!(broken.is_empty(), "{} figures are below the floor:\n  {}", broken.len(), broken.join("\n  "));
     Ok(())
+}
+
+/// The agent as it is released, or for a quick run as the tests have built it already.
+fn build_agent(arguments: &Arguments) -> Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--package", "flannel-agent"]);
+    let (what, folder) = if arguments.quick {
+        ("build the agent", "debug")
+    } else {
+        build.arg("--release");
+        ("build the agent (release)", "release")
+    };
+    cargo_step(what, "bench-agent", &mut build)?;
+    let agent = workspace().join("target").join(folder).join("flannel-agent");
+    ensure!(agent.is_file(), "cargo built no {}", agent.display());
+    Ok(agent)
 }
 
 /// The same again in a release build: the proxy that stands for the original is part of this program.
@@ -157,9 +177,14 @@ struct Bench {
     pace: Pace,
     quick: bool,
     variants: Vec<String>,
+    loads: Vec<Load>,
 }
 
 impl Bench {
+    fn loads(&self) -> &[Load] {
+        if self.loads.is_empty() { &Load::ALL } else { &self.loads }
+    }
+
     fn wants(&self, variant: &Variant) -> bool {
         self.variants.is_empty()
             || variant.is_reference()

@@ -28,6 +28,23 @@ impl Mode {
     }
 }
 
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Load {
+    /// One TCP stream
+    Tcp1,
+    /// Four TCP streams at once
+    Tcp4,
+    /// A flood of UDP datagrams of 64 bytes
+    Udp,
+    /// TCP requests of one byte, one after the other
+    Requests,
+}
+
+impl Load {
+    pub(super) const ALL: [Self; 4] = [Self::Tcp1, Self::Tcp4, Self::Udp, Self::Requests];
+}
+
 /// How long each load runs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
@@ -110,7 +127,7 @@ pub(super) fn measure(bench: &Bench, mode: Mode) -> Result<Measured> {
             let index = (turn + round) % standing.len();
             let (Some(variant), Some(row)) = (standing.get(index), rows.get_mut(index)) else { continue };
             step.note(variant.name);
-            let taken = sample(variant, bench.pace, cpus)
+            let taken = sample(variant, bench, cpus)
                 .with_context(|| format!("measure {}\n{}", variant.name, variant.lab.logs()))?;
             for (metric, value) in taken {
                 row.samples.entry(metric).or_default().push(value);
@@ -122,24 +139,36 @@ pub(super) fn measure(bench: &Bench, mode: Mode) -> Result<Measured> {
 }
 
 /// One variant, once.
-fn sample(variant: &Standing, pace: Pace, cpus: Cpus) -> Result<[(Metric, f64); 8]> {
-    let ends = &variant.ends;
-    let one = Streams { count: 1, time: pace.one_stream }.run(ends, cpus)?;
-    let four = Streams { count: 4, time: pace.four_streams }.run(ends, cpus)?;
-    let flood = udp_flood::run(ends, cpus, pace.flood)?;
-    let requests = round_trips::run(ends, cpus, pace.requests)?;
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let retransmits = one.retransmits as f64 / one.gigabytes();
-    Ok([
-        (Metric::Tcp1, one.gbit_per_second()),
-        (Metric::Tcp4, four.gbit_per_second()),
-        (Metric::Retransmits, retransmits),
-        (Metric::CpuPerGb, one.busy.as_secs_f64() / one.gigabytes()),
-        (Metric::Udp64, flood.per_second / 1e3),
-        (Metric::Requests, requests.per_second / 1e3),
-        (Metric::RoundTrip, microseconds(requests.median)),
-        (Metric::RoundTrip99, microseconds(requests.p99)),
-    ])
+fn sample(variant: &Standing, bench: &Bench, cpus: Cpus) -> Result<Vec<(Metric, f64)>> {
+    let (ends, pace) = (&variant.ends, bench.pace);
+    let mut taken = Vec::new();
+    for load in bench.loads() {
+        match load {
+            Load::Tcp1 => {
+                let one = Streams { count: 1, time: pace.one_stream }.run(ends, cpus)?;
+                #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+                let retransmits = one.retransmits as f64 / one.gigabytes();
+                taken.push((Metric::Tcp1, one.gbit_per_second()));
+                taken.push((Metric::Retransmits, retransmits));
+                taken.push((Metric::CpuPerGb, one.busy.as_secs_f64() / one.gigabytes()));
+            }
+            Load::Tcp4 => {
+                let four = Streams { count: 4, time: pace.four_streams }.run(ends, cpus)?;
+                taken.push((Metric::Tcp4, four.gbit_per_second()));
+            }
+            Load::Udp => {
+                let flood = udp_flood::run(ends, cpus, pace.flood)?;
+                taken.push((Metric::Udp64, flood.per_second / 1e3));
+            }
+            Load::Requests => {
+                let requests = round_trips::run(ends, cpus, pace.requests)?;
+                taken.push((Metric::Requests, requests.per_second / 1e3));
+                taken.push((Metric::RoundTrip, microseconds(requests.median)));
+                taken.push((Metric::RoundTrip99, microseconds(requests.p99)));
+            }
+        }
+    }
+    Ok(taken)
 }
 
 fn microseconds(time: Duration) -> f64 {
@@ -148,7 +177,10 @@ fn microseconds(time: Duration) -> f64 {
 
 /// The newest round's ratios, and how long the rest will take.
 fn so_far(rows: &[Row], left: usize, round: Duration) -> String {
-    let newest = |row: &Row| row.samples.get(&Metric::Tcp1).and_then(|samples| samples.last().copied());
+    let Some(metric) = rows.first().and_then(|row| row.samples.keys().next().copied()) else {
+        return String::new();
+    };
+    let newest = |row: &Row| row.samples.get(&metric).and_then(|samples| samples.last().copied());
     let Some(reference) = rows.iter().find(|row| row.name == HOST_GW).and_then(newest) else {
         return String::new();
     };
