@@ -67,10 +67,6 @@ impl Variant {
         all
     }
 
-    pub(super) fn is_reference(&self) -> bool {
-        matches!(self.way, Way::HostGw | Way::Vxlan)
-    }
-
     /// Builds its lab and sends the first packets, which resolve neighbours.
     pub(super) fn start(&self, mode: Mode, agent: &Path) -> Result<Standing> {
         self.build(mode, agent).with_context(|| format!("set up {}", self.name))
