@@ -18,6 +18,7 @@ fn main() -> ExitCode {
             ExitCode::from(code)
         }
         Parsed::Command(Command::Status(command)) => on_runtime(commands::status::run(&command)),
+        Parsed::Command(Command::Cleanup(command)) => on_runtime(commands::cleanup::run(&command)),
         Parsed::Daemon(settings) => {
             log_to_stderr(&settings);
             // One provider for the whole process; a second call would only say that it is there.

@@ -14,6 +14,9 @@ use crate::domain::interface::Pattern;
 /// The default of `--status-socket`, which `status` asks too.
 pub(super) const STATUS_SOCKET: &str = "/run/flannel/status.sock";
 
+/// The default of `--bpffs-path`, where `cleanup` looks too.
+pub(super) const BPFFS_PATH: &str = "/sys/fs/bpf";
+
 pub(super) const KUBE_ANNOTATION_PREFIX: &str = "flannel.alpha.coreos.com";
 pub(super) const NET_CONFIG_PATH: &str = "/etc/kube-flannel/net-conf.json";
 pub(super) const SUBNET_DIR: &str = "/run/flannel/networks";
@@ -122,7 +125,7 @@ pub(super) struct UdpFlags {
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = go::integer)]
     pub(super) udp_mtu: i64,
     /// The mounted BPF file system, where programs and maps outlive the agent
-    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf")]
+    #[arg(long, value_name = "DIR", default_value = BPFFS_PATH)]
     pub(super) bpffs_path: String,
 }
 

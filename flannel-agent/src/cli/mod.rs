@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, FromArgMatches};
 
-use self::flags::{Flags, STATUS_SOCKET};
+use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
 use self::settings::Origins;
 pub use self::settings::{ClientCertificate, EtcdSettings, Login, Secret, Settings, Verbosity};
@@ -57,11 +57,15 @@ pub enum Stream {
     Stderr,
 }
 
-/// A client of the running agent.
+/// What is asked for by the first word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     Status(StatusCommand),
+    Cleanup(CleanupCommand),
 }
+
+/// First words that are subcommands.
+const SUBCOMMANDS: [&str; 4] = ["status", "cleanup", "version", "help"];
 
 /// What the running agent is doing
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
@@ -72,6 +76,23 @@ pub struct StatusCommand {
     /// Socket of the agent, its --status-socket
     #[arg(long, value_name = "PATH", default_value = STATUS_SOCKET)]
     pub socket: PathBuf,
+}
+
+/// Remove from this host what the agent has put there: routes, programs, maps, devices
+///
+/// The agent leaves all of it in place when it ends, so that traffic flows on. For a node that leaves the overlay or goes
+/// back to flanneld. subnet.env stays.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct CleanupCommand {
+    /// Only list what would be removed
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Socket of the agent, its --status-socket: nothing is removed while one answers
+    #[arg(long, value_name = "PATH", default_value = STATUS_SOCKET)]
+    pub socket: PathBuf,
+    /// Where it pinned programs and maps, its --bpffs-path
+    #[arg(long, value_name = "DIR", default_value = BPFFS_PATH)]
+    pub bpffs_path: PathBuf,
 }
 
 /// Reads a command line and its environment.
@@ -122,27 +143,36 @@ fn subcommand(program: &str, words: &[String]) -> Option<Parsed> {
     match words.first()?.as_str() {
         "version" if words.len() == 1 => Some(print(format!("flannel-agent {VERSION}\n"))),
         "help" if words.len() == 1 => Some(print(help(program))),
-        "status" | "version" | "help" => {
-            // `help status` is `status --help`.
-            Some(
-                match subcommands(program)
-                    .try_get_matches_from(std::iter::once(program).chain(words.iter().map(String::as_str)))
-                {
-                    Ok(matches) => match matches
-                        .subcommand()
-                        .map(|(_, matches)| StatusCommand::from_arg_matches(matches))
-                    {
-                        Some(Ok(status)) => Parsed::Command(Command::Status(status)),
-                        _ => usage_error(program, "name a subcommand: status, version or help"),
-                    },
-                    Err(error) => Parsed::PrintAndExit {
-                        text: error.render().to_string(),
-                        stream: if error.use_stderr() { Stream::Stderr } else { Stream::Stdout },
-                        code: if error.use_stderr() { 2 } else { 0 },
-                    },
+        // `help status` is `status --help`.
+        word if SUBCOMMANDS.contains(&word) => {
+            let all = std::iter::once(program).chain(words.iter().map(String::as_str));
+            Some(match subcommands(program).try_get_matches_from(all) {
+                Ok(matches) => match command(&matches) {
+                    Some(command) => Parsed::Command(command),
+                    None => usage_error(program, &format!("name a subcommand: {}", listed("or"))),
                 },
-            )
+                Err(error) => Parsed::PrintAndExit {
+                    text: error.render().to_string(),
+                    stream: if error.use_stderr() { Stream::Stderr } else { Stream::Stdout },
+                    code: if error.use_stderr() { 2 } else { 0 },
+                },
+            })
         }
+        _ => None,
+    }
+}
+
+/// "status, cleanup, version and help"
+fn listed(last: &str) -> String {
+    let [first @ .., end] = SUBCOMMANDS;
+    format!("{} {last} {end}", first.join(", "))
+}
+
+fn command(matches: &clap::ArgMatches) -> Option<Command> {
+    let (name, matches) = matches.subcommand()?;
+    match name {
+        "status" => StatusCommand::from_arg_matches(matches).ok().map(Command::Status),
+        "cleanup" => CleanupCommand::from_arg_matches(matches).ok().map(Command::Cleanup),
         _ => None,
     }
 }
@@ -151,6 +181,7 @@ fn subcommands(program: &str) -> clap::Command {
     clap::Command::new(program.to_owned())
         .term_width(100)
         .subcommand(StatusCommand::augment_args(clap::Command::new("status")))
+        .subcommand(CleanupCommand::augment_args(clap::Command::new("cleanup")))
         .subcommand(clap::Command::new("version").about("Print the version"))
 }
 
@@ -295,11 +326,10 @@ fn stopped(command: &clap::Command, program: &str, stop: Stop) -> String {
         Stop::Positional { word, after_boolean: None } => {
             let hint = if program == DAEMON_NAME {
                 "there are only flags, each with its value behind it".to_owned()
-            } else if let Some(near) = nearest(&word, ["status", "version", "help"]) {
+            } else if let Some(near) = nearest(&word, SUBCOMMANDS) {
                 format!("did you mean the subcommand {near}, as the first word?")
             } else {
-                "there are only flags, and the subcommands status, version and help as the first word"
-                    .to_owned()
+                format!("there are only flags, and the subcommands {} as the first word", listed("and"))
             };
             format!("unexpected argument {}: {hint}", quoted(&word))
         }
@@ -319,6 +349,7 @@ fn help(program: &str) -> String {
         format!(
             "\nCommands, as the first word:\n  \
              {program} status [--json] [--socket PATH]   what the running agent is doing\n  \
+             {program} cleanup [--dry-run]               remove what the agent put on this host\n  \
              {program} version                           print the version\n  \
              {program} help [COMMAND]                    this text, or a command's\n"
         )

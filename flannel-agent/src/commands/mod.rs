@@ -1,4 +1,5 @@
-//! What the binary can be told to do: the daemon, and clients of the running daemon.
+//! What the binary can be told to do: the daemon, clients of the running daemon, and what is done without it.
 
+pub mod cleanup;
 pub mod daemon;
 pub mod status;

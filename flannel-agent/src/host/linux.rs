@@ -375,6 +375,7 @@ mod tests {
             index: 7,
             mtu: 1472,
             up: true,
+            carrier: true,
             kind: Some("tun".into()),
             tun: Some(made),
         };

@@ -6,6 +6,7 @@
 
 pub mod fake;
 pub mod interfaces;
+pub mod leftovers;
 pub mod linux;
 pub mod netlink;
 pub mod sysctl;

@@ -42,17 +42,18 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
+/// How often the agent is killed and started again.
+const RESTARTS: usize = 20;
+
 fn killed(lab: &mut Lab, tier: &str) -> Result<()> {
     lab.bring_up(&[tier; 2])?;
     let options = AgentOptions::new()?.datapath(tier);
-    let traffic = Traffic::start(lab)?;
+    let traffic = Traffic::start_every(lab, Duration::from_millis(1))?;
     let before = lab.host(1).status()?;
-    for _ in 0..3 {
-        lab.host_mut(1).agent_mut()?.crash()?;
-        sleep(SOON);
-        lab.host_mut(1).start_agent(&options)?;
-        lab.wait_connected()?;
-        sleep(Duration::from_millis(300));
+    for restart in 0..RESTARTS {
+        // Now and then nobody is there for a while.
+        let away = if restart % 5 == 0 { SOON } else { Duration::from_millis(50) };
+        restart_agent(lab, &options, away)?;
     }
     traffic.stop_without_loss()?;
     let after = lab.host(1).status()?;
@@ -61,6 +62,16 @@ fn killed(lab: &mut Lab, tier: &str) -> Result<()> {
         after.counted("encapsulated") > before.counted("encapsulated"),
         "counters did not outlive the agent: {before:?} {after:?}"
     );
+    Ok(())
+}
+
+/// Kills the second host's agent and starts another after `away`; returns when that one knows the peers.
+fn restart_agent(lab: &mut Lab, options: &AgentOptions, away: Duration) -> Result<()> {
+    lab.host_mut(1).agent_mut()?.crash()?;
+    sleep(away);
+    lab.host_mut(1).start_agent(options)?;
+    lab.wait_connected()?;
+    sleep(Duration::from_millis(100));
     Ok(())
 }
 

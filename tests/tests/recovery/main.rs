@@ -2,6 +2,7 @@
 //! lost.
 
 mod agent;
+mod cleanup;
 mod damage;
 mod datastore;
 mod underlay;
@@ -23,13 +24,14 @@ const SOON: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let mut trials = agent::trials();
+    trials.extend(cleanup::trials());
     trials.extend(damage::trials());
     trials.extend(datastore::trials());
     trials.extend(underlay::trials());
     run(trials)
 }
 
-/// Pings in both directions, a few milliseconds apart, and a TCP stream, from pod to pod of the first two hosts.
+/// Pings in both directions, milliseconds apart, and a TCP stream, from pod to pod of the first two hosts.
 struct Traffic {
     pings: [RunningPing; 2],
     flow: Flow,
@@ -37,10 +39,15 @@ struct Traffic {
 
 impl Traffic {
     fn start(lab: &Lab) -> Result<Self> {
+        Self::start_every(lab, Duration::from_millis(4))
+    }
+
+    /// With a ping each `interval` in both directions.
+    fn start_every(lab: &Lab, interval: Duration) -> Result<Self> {
         let (a, b) = (lab.host(0).pod()?, lab.host(1).pod()?);
         // Neighbours are resolved before anything is counted.
         lab.ping_all_pairs(1)?;
-        let ping = |from, to| Ping::new(from, to).count(1_000_000).interval(Duration::from_millis(4)).start();
+        let ping = |from, to| Ping::new(from, to).count(1_000_000).interval(interval).start();
         let address = std::net::SocketAddrV4::new(b.address, 5001);
         let traffic = Self {
             pings: [ping(&a.netns, b.address)?, ping(&b.netns, a.address)?],

@@ -302,6 +302,16 @@ fn subcommands_are_for_the_agents_own_name() {
     ] {
         assert_eq!(line(text), wanted, "{text}");
     }
+    let cleanup = |dry_run, socket: &str, bpffs_path: &str| {
+        let (socket, bpffs_path) = (socket.into(), bpffs_path.into());
+        Parsed::Command(Command::Cleanup(CleanupCommand { dry_run, socket, bpffs_path }))
+    };
+    for (text, wanted) in [
+        ("flannel-agent cleanup", cleanup(false, "/run/flannel/status.sock", "/sys/fs/bpf")),
+        ("flannel-agent cleanup --dry-run --bpffs-path=/b --socket /x", cleanup(true, "/x", "/b")),
+    ] {
+        assert_eq!(line(text), wanted, "{text}");
+    }
     assert_eq!(printed("flannel-agent version"), (format!("flannel-agent {VERSION}"), Stream::Stdout, 0));
     assert_eq!(
         printed("flannel-agent help"),
@@ -313,6 +323,7 @@ fn subcommands_are_for_the_agents_own_name() {
     for text in [
         "flannel-agent status x",
         "flannel-agent status --jsn",
+        "flannel-agent cleanup now",
         "flannel-agent version x",
         "flannel-agent help nosuch",
     ] {
@@ -330,7 +341,7 @@ fn subcommands_are_for_the_agents_own_name() {
         ),
         (
             "flannel-agent nonsense",
-            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, version and help as the first word",
+            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, cleanup, version and help as the first word",
         ),
         (
             "flanneld status",

@@ -23,6 +23,8 @@ pub struct LinkInfo {
     pub mtu: u32,
     /// Switched on by its administrator (`IFF_UP`), with or without carrier.
     pub up: bool,
+    /// Packets can leave it (`IFF_LOWER_UP`); a TUN has carrier while a process holds it open.
+    pub carrier: bool,
     /// The driver's name for software devices: `tun`, `veth`, `bridge`; `None` for most hardware.
     pub kind: Option<String>,
     /// For devices of kind `tun` that carry IP packets (`IFF_TUN`, not `IFF_TAP`).
@@ -200,6 +202,7 @@ fn link_info(message: LinkMessage) -> LinkInfo {
         index: message.header.index,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
         kind: None,
         tun: None,
     };

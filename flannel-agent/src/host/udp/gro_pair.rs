@@ -131,6 +131,20 @@ pub async fn find(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, 
     }
 }
 
+/// Whether an end of the pair is there, in whatever shape.
+///
+/// # Errors
+/// The kernel does not answer.
+pub async fn exists(netlink: &Netlink, device: &str) -> Result<bool, HostError> {
+    let names = names(device);
+    for name in [names.sender, names.receiver] {
+        if netlink.link(&name).await?.is_some_and(|link| link.kind.as_deref() == Some("veth")) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Deletes the pair; gone already is a success. Devices of these names that are no veth are left alone.
 ///
 /// # Errors

@@ -480,9 +480,17 @@ pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) 
     for (name, device, side, pin) in hooks {
         result = result.and(leave_clsact(name, device, side, pin).map_err(HostError::from));
     }
-    underlay::restore(&pins);
-    result = result.and(pins.remove_all().map_err(HostError::from));
-    result.and(gro_pair::remove(netlink, &tunnel.device).await)
+    result.and(clear(netlink, &pins, &tunnel.device).await)
+}
+
+/// The part of [`tear_down`] that the pins and names tell: offloads of the underlay back, links, maps, the pair.
+///
+/// # Errors
+/// What could not be removed; the rest was.
+pub(super) async fn clear(netlink: &Netlink, pins: &PinFolder, device: &str) -> Result<(), HostError> {
+    underlay::restore(pins);
+    let result = pins.remove_all().map_err(HostError::from);
+    result.and(gro_pair::remove(netlink, device).await)
 }
 
 /// Takes what is not a link, and so did not move along, off the former underlay.

@@ -15,6 +15,7 @@
 //! | [`maps`] | peers in, counts out |
 //! | [`gro_pair`], [`underlay`], [`ethtool`] | the devices around it |
 //! | [`proof`] | whether XDP's marks arrive |
+//! | [`remains`] | what is left of tunnels, for `cleanup` |
 //! | [`userspace`] | the tunnel without BPF |
 //!
 //! Links and maps are pinned: packets flow on when the agent ends, however it ends, and [`Tunnels::put`] of the next
@@ -28,6 +29,7 @@ pub mod maps;
 pub mod object;
 pub mod programs;
 pub mod proof;
+pub mod remains;
 mod report;
 mod running;
 pub mod underlay;

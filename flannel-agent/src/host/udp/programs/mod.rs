@@ -52,7 +52,8 @@ pub enum Side {
 }
 
 impl Side {
-    const fn word(self) -> &'static str {
+    /// As `tc` says it.
+    pub(super) const fn word(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
@@ -334,6 +335,12 @@ const MISSING: &str =
 /// Missing permission.
 pub fn detach_clsact(name: &'static str, hook: &Hook<'_>) -> Result<(), Refusal> {
     clsact::detach(hook, name)
+}
+
+/// Whether a filter of ours by that name is on the hook. False also where nobody can say: no clsact, no permission.
+#[must_use]
+pub fn has_clsact(name: &'static str, hook: &Hook<'_>) -> bool {
+    matches!(clsact::find(hook), Ok(Some(filter)) if filter.name == name)
 }
 
 fn loaded(result: Result<(), ProgramError>) -> Result<(), ProgramError> {

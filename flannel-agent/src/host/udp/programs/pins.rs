@@ -68,6 +68,36 @@ impl PinFolder {
         Self { device, current }
     }
 
+    /// The devices that have a folder, whoever made it.
+    #[must_use]
+    pub fn devices(bpffs: &Path) -> Vec<String> {
+        let mut devices: Vec<String> =
+            names_in(&bpffs.join("flannel")).iter().map(|folder| unescape(folder)).collect();
+        devices.sort();
+        devices
+    }
+
+    /// Whether there is a folder at all.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.device.is_dir()
+    }
+
+    /// Every pin of every layout version: links, then maps.
+    #[must_use]
+    pub fn pins(&self) -> (Vec<PathBuf>, Vec<PathBuf>) {
+        let mut pins: Vec<PathBuf> = names_in(&self.device)
+            .into_iter()
+            .map(|version| self.device.join(version))
+            .flat_map(|folder| names_in(&folder).into_iter().map(move |name| folder.join(name)))
+            .filter(|path| path.is_file())
+            .collect();
+        pins.sort();
+        pins.into_iter().partition(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(LINK_PREFIX))
+        })
+    }
+
     /// Makes the folder and takes the links of other layout versions into it.
     ///
     /// # Errors
@@ -159,22 +189,12 @@ impl PinFolder {
         let _ = fs::remove_dir(self.current.join(CHANGED));
     }
 
-    /// Every noted change: device, offload, what it was switched to.
+    /// Every noted change: device, offload, what it was switched to. By agents of other layout versions too.
     pub(crate) fn changed(&self) -> Vec<(String, Feature, Switch)> {
-        let folder = self.current.join(CHANGED);
-        let mut changes = Vec::new();
-        for device in names_in(&folder) {
-            for note in names_in(&folder.join(&device)) {
-                let known = [Feature::Gro, Feature::Tso, Feature::Gso, Feature::UdpSegmentation]
-                    .into_iter()
-                    .flat_map(|feature| [(feature, Switch::On), (feature, Switch::Off)])
-                    .find(|(feature, to)| note == note_name(*feature, *to));
-                if let Some((feature, to)) = known {
-                    changes.push((unescape(&device), feature, to));
-                }
-            }
-        }
-        changes
+        names_in(&self.device)
+            .iter()
+            .flat_map(|version| changed_in(&self.device.join(version).join(CHANGED)))
+            .collect()
     }
 
     fn change_note(&self, device: &str, feature: Feature, to: Switch) -> PathBuf {
@@ -225,6 +245,23 @@ pub fn ensure_bpffs(path: &Path) -> Result<(), Refusal> {
 
 fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Device, offload and what it was switched to, of each note in the folder.
+fn changed_in(folder: &Path) -> Vec<(String, Feature, Switch)> {
+    let mut changes = Vec::new();
+    for device in names_in(folder) {
+        for note in names_in(&folder.join(&device)) {
+            let known = [Feature::Gro, Feature::Tso, Feature::Gso, Feature::UdpSegmentation]
+                .into_iter()
+                .flat_map(|feature| [(feature, Switch::On), (feature, Switch::Off)])
+                .find(|(feature, to)| note == note_name(*feature, *to));
+            if let Some((feature, to)) = known {
+                changes.push((unescape(&device), feature, to));
+            }
+        }
+    }
+    changes
 }
 
 fn note_name(feature: Feature, to: Switch) -> String {
