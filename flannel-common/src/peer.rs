@@ -5,14 +5,13 @@ use bytemuck::{Pod, Zeroable};
 /// Key of `PEERS`: the subnet's base address as it stands in the packet (network byte order).
 pub type PeerKey = u32;
 
-/// Value of `PEERS`. Addresses are in network byte order, as they stand in the packet.
+/// Value of `PEERS`. Addresses are in network byte order, as they stand in the packet. In every layout version `node` is
+/// first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Peer {
     /// Address of the node: outer destination, and the only outer source its packets may come from.
     pub node: u32,
-    /// The node itself when it is on-link, else the gateway towards it.
-    pub next_hop: u32,
     /// Interface the datagram leaves by.
     pub ifindex: u32,
     /// Index into `PEER_COUNTERS`.
@@ -28,7 +27,38 @@ pub struct PeerCount {
     pub tx_bytes: u64,
     pub rx_packets: u64,
     pub rx_bytes: u64,
+    /// When the last packet was received, in nanoseconds of CLOCK_MONOTONIC at the resolution of the kernel's tick; 0 for
+    /// never.
+    pub last_seen: u64,
 }
+
+impl PeerCount {
+    /// What two CPUs, or two tiers, counted together.
+    #[must_use]
+    pub fn and(self, other: &Self) -> Self {
+        Self {
+            tx_packets: self.tx_packets.wrapping_add(other.tx_packets),
+            tx_bytes: self.tx_bytes.wrapping_add(other.tx_bytes),
+            rx_packets: self.rx_packets.wrapping_add(other.rx_packets),
+            rx_bytes: self.rx_bytes.wrapping_add(other.rx_bytes),
+            last_seen: self.last_seen.max(other.last_seen),
+        }
+    }
+}
+
+/// Key of `PEER_DROPS`, whose value is a number of packets. Sent packets count for the peer they were meant for, received
+/// ones for the peer in whose subnet their source lies, whoever sent them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct PeerDrop {
+    /// [`Peer::index`]
+    pub peer: u32,
+    /// [`Counter`](crate::counter::Counter): one that is a drop, or would be if the source check enforced.
+    pub reason: u32,
+}
+
+/// Entries of `PEER_DROPS`; allocated as they are needed, most peers have none.
+pub const MAX_PEER_DROPS: u32 = 16384;
 
 /// Entries of `PEERS` and `PEER_COUNTERS`.
 pub const MAX_PEERS: u32 = 16384;
@@ -39,4 +69,6 @@ mod user {
     unsafe impl aya::Pod for super::Peer {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::PeerCount {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PeerDrop {}
 }

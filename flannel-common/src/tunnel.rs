@@ -58,6 +58,9 @@ pub const OUTER_DF: u16 = 1 << 3;
 /// XDP marks packets of the tunnel but leaves them whole, so that tc can prove that marks arrive.
 pub const XDP_PROBE: u16 = 1 << 4;
 
+/// This kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the precise clock is read, which takes longer.
+pub const COARSE_CLOCK: u16 = 1 << 5;
+
 /// Metadata XDP puts in front of a decapsulated packet for tc ingress ("this came through the tunnel").
 pub const XDP_MARK: u32 = 0xF1A7_8285;
 /// Metadata of a packet that `XDP_PROBE` left whole.

@@ -13,7 +13,7 @@ use flannel_common::{
 };
 
 use crate::{
-    maps::{Traffic, count, count_received, peer, settings},
+    maps::{Traffic, count, count_dropped, count_received, peer, settings},
     packet::{Frame, Skb},
 };
 
@@ -64,8 +64,8 @@ fn decapsulate_here(mut skb: Skb, settings: &Settings) -> i32 {
             count(reason, traffic);
             return NEXT;
         }
-        Verdict::Drop(reason) => {
-            count(reason, traffic);
+        Verdict::Drop(reason, claimed) => {
+            count_dropped(reason, claimed, traffic);
             return TC_ACT_SHOT;
         }
         Verdict::Deliver(delivery) => delivery,
@@ -75,7 +75,7 @@ fn decapsulate_here(mut skb: Skb, settings: &Settings) -> i32 {
         None => return NEXT,
     }
     if skb.shrink().is_err() {
-        count(Counter::DecapFailed, traffic);
+        count_dropped(Counter::DecapFailed, delivery.claimed, traffic);
         return TC_ACT_SHOT;
     }
     count_delivery(Counter::DecapTc, &delivery, traffic);
@@ -103,9 +103,9 @@ pub(crate) fn xdp(mut frame: Frame) -> u32 {
     let traffic = Traffic { packets: 1, bytes: u32::from(packet.inner.total_length()) };
     let delivery = match verdict {
         Verdict::NotOurs | Verdict::HandOn(_) => return XDP_PASS,
-        Verdict::Drop(_) if probing => return XDP_PASS,
-        Verdict::Drop(reason) => {
-            count(reason, traffic);
+        Verdict::Drop(..) if probing => return XDP_PASS,
+        Verdict::Drop(reason, claimed) => {
+            count_dropped(reason, claimed, traffic);
             return XDP_DROP;
         }
         // tc would not believe the mark.
@@ -121,7 +121,7 @@ pub(crate) fn xdp(mut frame: Frame) -> u32 {
         return XDP_PASS;
     }
     if strip(&mut frame, &delivery).is_none() {
-        count(Counter::DecapFailed, traffic);
+        count_dropped(Counter::DecapFailed, delivery.claimed, traffic);
         return XDP_DROP;
     }
     count_delivery(Counter::DecapXdp, &delivery, traffic);
@@ -145,7 +145,7 @@ fn strip(frame: &mut Frame, delivery: &Delivery) -> Option<()> {
 fn count_delivery(counter: Counter, delivery: &Delivery, traffic: Traffic) {
     count(counter, traffic);
     if let Some(reason) = delivery.observed {
-        count(reason, traffic);
+        count_dropped(reason, delivery.claimed, traffic);
     }
     count_received(delivery.peer, traffic);
 }

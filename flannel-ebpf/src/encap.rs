@@ -12,7 +12,7 @@ use flannel_common::{
 };
 
 use crate::{
-    maps::{count, count_sent, peer, settings},
+    maps::{count, count_dropped, count_sent, peer, settings},
     packet::{NoRoom, Skb},
 };
 
@@ -40,7 +40,7 @@ pub(crate) fn send(mut skb: Skb) -> i32 {
             skb.send_from(peer.ifindex)
         }
         Err(reason) => {
-            count(reason, traffic);
+            count_dropped(reason, peer.index, traffic);
             TC_ACT_SHOT
         }
     }

@@ -2,13 +2,16 @@
 
 use aya_ebpf::{
     Global,
-    btf_maps::{HashMap, PerCpuArray},
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    btf_maps::{HashMap, PerCpuArray, PerCpuHashMap},
+    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::btf_map,
 };
 use flannel_common::{
     counter::{Count, Counter, MAX_COUNTERS},
-    peer::{MAX_PEERS, Peer, PeerCount, PeerKey},
-    tunnel::Settings,
+    header::NO_PEER,
+    peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey},
+    tunnel::{COARSE_CLOCK, Settings},
 };
 
 /// Read-only to the programs and frozen by the loader, so the verifier knows every value and drops the branches it
@@ -38,6 +41,11 @@ static COUNTERS: PerCpuArray<Count, { MAX_COUNTERS as usize }> = PerCpuArray::ne
 /// [`Peer::index`] → traffic with it.
 #[btf_map]
 static PEER_COUNTERS: PerCpuArray<PeerCount, { MAX_PEERS as usize }> = PerCpuArray::new();
+
+/// Peer and reason → packets dropped. Rare, so entries are made when the first packet is dropped.
+#[btf_map]
+static PEER_DROPS: PerCpuHashMap<PeerDrop, u64, { MAX_PEER_DROPS as usize }, { BPF_F_NO_PREALLOC as usize }> =
+    PerCpuHashMap::new();
 
 /// How much traffic one run of a program stands for.
 #[derive(Clone, Copy)]
@@ -86,5 +94,33 @@ pub(crate) fn count_received(index: u32, traffic: Traffic) {
         let slot = unsafe { &mut *slot };
         slot.rx_packets += u64::from(traffic.packets);
         slot.rx_bytes += u64::from(traffic.bytes);
+        slot.last_seen = now();
+    }
+}
+
+/// A packet that is dropped, or would be, and the peer it belongs to as far as can be told.
+#[inline(always)]
+pub(crate) fn count_dropped(reason: Counter, peer: u32, traffic: Traffic) {
+    count(reason, traffic);
+    if peer == NO_PEER {
+        return;
+    }
+    let key = PeerDrop { peer, reason: reason as u32 };
+    let packets = u64::from(traffic.packets);
+    match PEER_DROPS.get_ptr_mut(key) {
+        // SAFETY: as in `count`.
+        Some(slot) => unsafe { *slot += packets },
+        // Another CPU may be first: then this one packet is not counted. A full map is no reason to do otherwise with the
+        // packet.
+        None => drop(PEER_DROPS.insert(key, packets, u64::from(BPF_NOEXIST))),
+    }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, as precise as is cheap on this kernel.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: neither helper has preconditions; the verifier never sees the one that this kernel lacks.
+    unsafe {
+        if settings().flags & COARSE_CLOCK != 0 { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() }
     }
 }

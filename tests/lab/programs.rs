@@ -9,14 +9,14 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, MapData, PerCpuArray, PerCpuValues},
+    maps::{HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues},
     programs::{Program, ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
 use flannel_agent::host::udp::object::OBJECT;
 use flannel_common::{
     counter::{Count, Counter},
-    peer::{Peer, PeerCount},
+    peer::{Peer, PeerCount, PeerDrop},
     tunnel::Settings,
 };
 
@@ -180,12 +180,25 @@ impl Programs {
     pub fn peer_count(&self, index: u32) -> Result<PeerCount> {
         let map = self.ebpf.map("PEER_COUNTERS").context("no map PEER_COUNTERS")?;
         let counts = PerCpuArray::<_, PeerCount>::try_from(map)?.get(&index, 0)?;
-        Ok(counts.iter().fold(PeerCount::default(), |sum, cpu| PeerCount {
-            tx_packets: sum.tx_packets + cpu.tx_packets,
-            tx_bytes: sum.tx_bytes + cpu.tx_bytes,
-            rx_packets: sum.rx_packets + cpu.rx_packets,
-            rx_bytes: sum.rx_bytes + cpu.rx_bytes,
-        }))
+        Ok(counts.iter().fold(PeerCount::default(), PeerCount::and))
+    }
+
+    /// Packets held against the peer of that index, by reason, since the object was loaded.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn peer_drops(&self, index: u32) -> Result<BTreeMap<Counter, u64>> {
+        let map = self.ebpf.map("PEER_DROPS").context("no map PEER_DROPS")?;
+        let drops = PerCpuHashMap::<_, PeerDrop, u64>::try_from(map)?;
+        let mut counted = BTreeMap::new();
+        for entry in drops.iter() {
+            let (key, packets) = entry?;
+            let reason = Counter::ALL.get(key.reason as usize).context("a reason that is none")?;
+            if key.peer == index {
+                counted.insert(*reason, packets.iter().sum());
+            }
+        }
+        Ok(counted)
     }
 
     /// # Errors

@@ -69,12 +69,11 @@ fn human(status: &Status) -> String {
         if !tunnel.peers.is_empty() {
             let mut table = Table::new();
             table.load_style(presets::NOTHING);
-            table.set_header(["subnet", "node", "next hop", "sent", "bytes", "received", "bytes"]);
+            table.set_header(["subnet", "node", "sent", "bytes", "received", "bytes"]);
             for peer in &tunnel.peers {
                 table.add_row([
                     peer.subnet.to_string(),
                     peer.node.to_string(),
-                    peer.next_hop.map_or_else(|| "-".to_owned(), |hop| hop.to_string()),
                     peer.tx_packets.to_string(),
                     peer.tx_bytes.to_string(),
                     peer.rx_packets.to_string(),

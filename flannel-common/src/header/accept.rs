@@ -18,8 +18,8 @@ pub enum Verdict {
     NotOurs,
     /// Ours, but the socket's business: goes on untouched and is counted.
     HandOn(Counter),
-    /// Dropped and counted.
-    Drop(Counter),
+    /// Dropped and counted, also for the peer in whose subnet the source lies ([`NO_PEER`] if there is none).
+    Drop(Counter, u32),
     /// Delivered as received on the tunnel device.
     Deliver(Delivery),
 }
@@ -35,6 +35,8 @@ pub struct Delivery {
     /// [`Peer::index`] of the peer that sent it, when it came from that peer's subnet; else [`NO_PEER`]. (An `Option`
     /// would leave its payload undefined, which the verifier refuses to see moved about.)
     pub peer: u32,
+    /// [`Peer::index`] of the peer in whose subnet its source lies, whoever sent it; else [`NO_PEER`].
+    pub claimed: u32,
     /// What `observe` would like to have refused.
     pub observed: Option<Counter>,
 }
@@ -101,28 +103,29 @@ pub fn admit(
     inner: &Ipv4,
     peers: impl FnOnce(PeerKey) -> Option<Peer>,
 ) -> Verdict {
-    let peer = match peers(settings.peer_key(inner.source())) {
-        Some(peer) if peer.node == arrival.node => peer.index,
-        _ => NO_PEER,
+    let (peer, claimed) = match peers(settings.peer_key(inner.source())) {
+        Some(peer) if peer.node == arrival.node => (peer.index, peer.index),
+        Some(peer) => (NO_PEER, peer.index),
+        None => (NO_PEER, NO_PEER),
     };
     let mut observed = None;
     if settings.flags & (SOURCE_CHECK_ENFORCE | SOURCE_CHECK_OBSERVE) != 0 {
         let enforce = settings.flags & SOURCE_CHECK_ENFORCE != 0;
         if !is_source_right(settings, arrival, inner, peer != NO_PEER) {
             if enforce {
-                return Verdict::Drop(Counter::SourceRefused);
+                return Verdict::Drop(Counter::SourceRefused, claimed);
             }
             observed = Some(Counter::SourceObserved);
         } else if !is_destination_right(settings, inner) {
             if enforce {
-                return Verdict::Drop(Counter::DestinationRefused);
+                return Verdict::Drop(Counter::DestinationRefused, claimed);
             }
             observed = Some(Counter::DestinationObserved);
         }
     }
     match hop(inner, arrival.tos) {
-        Ok(rewrite) => Verdict::Deliver(Delivery { rewrite, peer, observed }),
-        Err(reason) => Verdict::Drop(reason),
+        Ok(rewrite) => Verdict::Deliver(Delivery { rewrite, peer, claimed, observed }),
+        Err(reason) => Verdict::Drop(reason, claimed),
     }
 }
 
@@ -165,7 +168,7 @@ mod tests {
     const STRANGER: [u8; 4] = [172, 31, 0, 9];
     const POD: [u8; 4] = [10, 244, 1, 5];
     const REMOTE_POD: [u8; 4] = [10, 244, 2, 7];
-    const PEER: Peer = Peer { node: u32::from_ne_bytes(NODE), next_hop: 0, ifindex: 2, index: 41 };
+    const PEER: Peer = Peer { node: u32::from_ne_bytes(NODE), ifindex: 2, index: 41 };
 
     fn settings(flags: u16) -> Settings {
         Settings {
@@ -299,6 +302,8 @@ mod tests {
             packet.inner.source = source;
             packet.inner.destination = destination;
             let judge = |flags| decapsulate(&settings(flags), &packet, peers);
+            let claimed = if source[..3] == REMOTE_POD[..3] { PEER.index } else { NO_PEER };
+            let refused = |reason| Verdict::Drop(reason, claimed);
             let observed = |verdict| match verdict {
                 Verdict::Deliver(delivery) => delivery.observed,
                 other => panic!("{what}: {other:?}"),
@@ -308,14 +313,10 @@ mod tests {
             match objection {
                 None => assert_eq!(observed(judge(SOURCE_CHECK_ENFORCE)), None, "{what}, enforce"),
                 Some(Counter::SourceObserved) => {
-                    assert_eq!(judge(SOURCE_CHECK_ENFORCE), Verdict::Drop(Counter::SourceRefused), "{what}");
+                    assert_eq!(judge(SOURCE_CHECK_ENFORCE), refused(Counter::SourceRefused), "{what}");
                 }
                 Some(_) => {
-                    assert_eq!(
-                        judge(SOURCE_CHECK_ENFORCE),
-                        Verdict::Drop(Counter::DestinationRefused),
-                        "{what}"
-                    );
+                    assert_eq!(judge(SOURCE_CHECK_ENFORCE), refused(Counter::DestinationRefused), "{what}");
                 }
             }
         }
@@ -328,7 +329,10 @@ mod tests {
             Settings { own_subnet: u32::from_ne_bytes([172, 31, 0, 0]), ..settings(SOURCE_CHECK_ENFORCE) };
         let mut packet = packet();
         packet.inner.destination = OWN;
-        assert_eq!(decapsulate(&settings, &packet, peers), Verdict::Drop(Counter::DestinationRefused));
+        assert_eq!(
+            decapsulate(&settings, &packet, peers),
+            Verdict::Drop(Counter::DestinationRefused, PEER.index)
+        );
     }
 
     #[test]
@@ -338,7 +342,7 @@ mod tests {
         let Verdict::Deliver(delivery) = decapsulate(&settings(0), &packet, peers) else {
             panic!("not delivered")
         };
-        assert_eq!(delivery.peer, NO_PEER);
+        assert_eq!((delivery.peer, delivery.claimed), (NO_PEER, PEER.index));
     }
 
     #[test]
@@ -347,8 +351,8 @@ mod tests {
         packet.outer.ip.source = STRANGER;
         packet.inner.ttl = 1;
         let judge = |flags| decapsulate(&settings(flags), &packet, peers);
-        assert_eq!(judge(SOURCE_CHECK_ENFORCE), Verdict::Drop(Counter::SourceRefused));
-        assert_eq!(judge(SOURCE_CHECK_OBSERVE), Verdict::Drop(Counter::TtlExpired));
+        assert_eq!(judge(SOURCE_CHECK_ENFORCE), Verdict::Drop(Counter::SourceRefused, PEER.index));
+        assert_eq!(judge(SOURCE_CHECK_OBSERVE), Verdict::Drop(Counter::TtlExpired, PEER.index));
     }
 
     proptest! {

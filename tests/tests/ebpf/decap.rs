@@ -1,6 +1,7 @@
 //! Decapsulation, every row through tc and through both XDP programs: the same packet must have the same fate in all.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_common::{
@@ -9,6 +10,10 @@ use flannel_common::{
 };
 use flannel_tests::programs::{Context, Outcome, Programs, verdict};
 use libtest_mimic::Trial;
+use nix::{
+    sys::time::TimeValLike as _,
+    time::{ClockId, clock_gettime},
+};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestCaseError, TestRunner},
@@ -36,6 +41,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("decap::xdp_leaves_to_tc_what_tc_would_not_believe", outside_the_network),
         trial("decap::a_gso_packet_counts_its_segments", gso_rows),
         trial("decap::packets_of_a_peer_are_counted_for_it", peer_counts),
+        trial("decap::dropped_packets_count_for_the_peer_they_claim_to_come_from", peer_drops),
         trial("decap::random_datagrams_come_out_whole", random_rows),
     ]
 }
@@ -431,6 +437,29 @@ fn peer_counts() -> Result<()> {
     let count = programs.peer_count(PEER)?;
     ensure!((count.rx_packets, count.rx_bytes) == (2, 80), "{count:?}");
     ensure!((count.tx_packets, count.tx_bytes) == (0, 0), "{count:?}");
+    let now = u64::try_from(clock_gettime(ClockId::CLOCK_MONOTONIC)?.num_nanoseconds())?;
+    let age = now.saturating_sub(count.last_seen);
+    ensure!(count.last_seen > 0 && age < 60_000_000_000, "seen {age} ns ago: {count:?}");
+    // Stranger's packets that claim to be the peer's: delivered, and held against the peer's name.
+    let drops = programs.peer_drops(PEER)?;
+    ensure!(drops == BTreeMap::from([(Counter::SourceObserved, 2)]), "{drops:?}");
+    Ok(())
+}
+
+/// Packets that are dropped, each twice (tc and XDP), under the peer they belong to.
+fn peer_drops() -> Result<()> {
+    let mut programs = load(SOURCE_CHECK_ENFORCE)?;
+    let old = Ip { ttl: 1, ..Ip::default() };
+    let elsewhere = Ip { destination: [10, 244, 3, 1], ..Ip::default() };
+    let nobodys = Ip { source: [10, 244, 3, 7], ..Ip::default() };
+    let forged = ethernet(0x0800, &datagram(STRANGER, OWN, &Ip::default().bytes()).bytes());
+    for frame in [frame(&old), frame(&elsewhere), frame(&nobodys), forged] {
+        programs.run("flannel_ingress", &frame, Context::Plain)?;
+        programs.run("flannel_decap_xdp", &frame, Context::Plain)?;
+    }
+    let drops = programs.peer_drops(PEER)?;
+    let wanted = [Counter::TtlExpired, Counter::SourceRefused, Counter::DestinationRefused].map(|c| (c, 2));
+    ensure!(drops == BTreeMap::from(wanted), "{drops:?}");
     Ok(())
 }
 

@@ -24,7 +24,7 @@ pub(crate) fn peer_subnet() -> Ipv4Addr {
 }
 
 pub(crate) fn peer(ifindex: u32) -> Peer {
-    Peer { node: u32::from_ne_bytes(NODE), next_hop: u32::from_ne_bytes(NODE), ifindex, index: PEER }
+    Peer { node: u32::from_ne_bytes(NODE), ifindex, index: PEER }
 }
 
 pub(crate) fn settings(flags: u16) -> Settings {

@@ -426,11 +426,7 @@ fn hairpin() -> Result<()> {
         underlay: index("u1")?,
         ..settings(0)
     })?;
-    let back = flannel_common::peer::Peer {
-        node: u32::from_ne_bytes(OWN),
-        next_hop: u32::from_ne_bytes(OWN),
-        ..peer(index("u1")?)
-    };
+    let back = flannel_common::peer::Peer { node: u32::from_ne_bytes(OWN), ..peer(index("u1")?) };
     b.add_peer(peer_subnet(), back)?;
     attach(&mut b, "flannel_ingress", "u1", TcAttachType::Ingress)?;
     attach(&mut b, "flannel_encap", "flannel1", TcAttachType::Egress)?;

@@ -8,11 +8,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use flannel_tests::{
-    probe::ping::Ping,
-    scenario::scenario,
-    topology::{Host, Lab},
-};
+use flannel_agent::host::udp::programs::inspect;
+use flannel_tests::{probe::ping::Ping, scenario::scenario, topology::Lab};
 use libtest_mimic::Trial;
 
 use crate::SOON;
@@ -141,21 +138,19 @@ fn links(lab: &mut Lab, tier: &str, damage: Damage) -> Result<()> {
     ensure!(pins.len() >= 2, "only {pins:?} pinned");
     for pin in pins {
         let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let old = link_id(host, &pin)?;
         match damage {
             Damage::Detached => {
-                host.netns().output(&format!("bpftool link detach pinned {}", pin.display()))?;
+                inspect::detach(&pin).with_context(|| format!("detach {}", pin.display()))?;
             }
             Damage::Unpinned => fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?,
         }
         let started = Instant::now();
         loop {
-            // A link that was only unpinned may live on under the same id.
-            match (link_id(host, &pin), damage) {
-                (Ok(id), Damage::Detached) if id != old => break,
-                (Ok(_), Damage::Unpinned) => break,
-                (state, _) if started.elapsed() > SOON => {
-                    bail!("{name} is not back within {SOON:?}: {state:?}, was {old}")
+            // A link that was detached hangs on no interface.
+            match inspect::pinned_link(&pin) {
+                Ok(Some(link)) if link.ifindex != 0 => break,
+                state if started.elapsed() > SOON => {
+                    bail!("{name} is not back within {SOON:?}: {state:?}")
                 }
                 _ => sleep(Duration::from_millis(10)),
             }
@@ -180,10 +175,4 @@ fn pinned_links(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found)
-}
-
-fn link_id(host: &Host, pin: &Path) -> Result<u32> {
-    let text = host.netns().output(&format!("bpftool link show pinned {}", pin.display()))?;
-    let number = text.split(':').next().unwrap_or_default().trim();
-    number.parse().with_context(|| format!("bpftool prints no id: {text}"))
 }

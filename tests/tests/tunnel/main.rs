@@ -19,7 +19,7 @@ use libtest_mimic::{Failed, Trial};
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 33] = [
+    let tests: [(&str, Test); 34] = [
         ("auto_takes_xdp_on_a_veth_and_traffic_proves_it", tiers::auto_takes_xdp),
         ("every_datapath_option_takes_its_tier_and_carries_packets", tiers::every_option),
         ("tiers_that_differ_talk_to_each_other", tiers::mixed),
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         ("counters_and_peers_survive_the_agent", takeover::counters_survive),
         ("a_pinned_map_of_another_shape_is_replaced", takeover::stale_map),
         ("links_of_another_layout_version_are_taken_over", takeover::other_version),
+        ("another_layout_version_and_back_lose_nothing", takeover::other_layout),
         ("other_settings_replace_the_programs_in_place", takeover::settings),
         ("another_underlay_is_moved_to_and_the_old_one_left_clean", tiers::another_underlay),
         ("a_folder_that_is_no_bpffs_becomes_one", takeover::mounts_bpffs),
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
         ("a_damaged_gro_pair_is_missed_and_made_anew", damage::gro_pair),
         ("xdp_whose_marks_do_not_arrive_is_given_up_for_good", damage::disproved),
         ("a_deleted_tunnel_device_is_missed_and_comes_back", damage::deleted_device),
-        ("a_peer_s_entry_follows_the_routing_table", peers::next_hops),
+        ("a_peer_s_entry_follows_the_routing_table", peers::ways),
         ("a_bad_peer_is_refused_with_the_reason_and_stops_no_other", peers::refused),
         ("a_moved_peer_keeps_its_place_and_a_new_one_starts_at_zero", peers::places),
     ];

@@ -18,6 +18,7 @@ use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck, Tunnel,
 use flannel_agent::host::netlink::Netlink;
 use flannel_agent::host::udp::userspace::ensure_device;
 use flannel_agent::host::udp::{TunnelReport, Tunnels};
+use flannel_common::LAYOUT_VERSION;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::gettid;
 
@@ -247,7 +248,7 @@ impl Node {
     }
 
     pub(crate) fn pins(&self) -> PathBuf {
-        self.bpffs.join("flannel/flannel0/v1")
+        self.bpffs.join(format!("flannel/flannel0/v{LAYOUT_VERSION}"))
     }
 
     pub(crate) fn has_link(&self, device: &str) -> bool {

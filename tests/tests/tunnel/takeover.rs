@@ -1,11 +1,14 @@
 //! The agent ends, another starts: nothing is lost and nothing forgotten.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::HashMap;
 use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck, SourcePort};
 use flannel_agent::host::udp::programs::{ensure_bpffs, inspect};
+use flannel_agent::host::udp::{PeerReport, TunnelReport};
 use nix::mount::umount;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -55,7 +58,11 @@ pub(crate) fn counters_survive() -> Result<()> {
     ensure!(rig.b.observe()?.is_empty(), "before the tunnel is put, nothing is known of it");
     rig.b.put(rig.b.tunnel(Datapath::Auto))?;
     let after = rig.b.report()?;
-    ensure!(before.peers == after.peers, "{:?}\n{:?}", before.peers, after.peers);
+    let peers = |report: &TunnelReport| {
+        let ageless = |peer: &PeerReport| PeerReport { last_seen_ms_ago: None, ..peer.clone() };
+        report.peers.iter().map(ageless).collect::<Vec<_>>()
+    };
+    ensure!(peers(&before) == peers(&after), "{:?}\n{:?}", before.peers, after.peers);
     ensure!(before.counters == after.counters, "{:?}\n{:?}", before.counters, after.counters);
     // A new agent hears of what it took over: some of it may not be wanted any more.
     rig.b.disturbed_within(Duration::from_secs(1))?;
@@ -71,12 +78,50 @@ pub(crate) fn stale_map() -> Result<()> {
     rig.b.end_agent();
     let pin = rig.b.pins().join("peers");
     fs::remove_file(&pin)?;
-    let wrong = "type hash key 4 value 8 entries 10 name PEERS";
-    rig.b.command("bpftool", &format!("map create {} {wrong}", pin.display()))?;
+    HashMap::<_, u32, u64>::create(10, 0)?.pin(&pin)?;
     rig.b.up(Datapath::Auto)?;
     ensure!(rig.b.is_in_place()?);
     ensure!(rig.b.report()?.peers.len() == 1);
     rig.talks()
+}
+
+/// Up and down: another version of the agent, whose map of peers has other values. Peers are known before the programs are
+/// replaced, long before the leases are.
+pub(crate) fn other_layout() -> Result<()> {
+    for datapath in [Datapath::Auto, Datapath::Tc] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        let flood = rig.flood()?;
+        for version in ["v1", "v99"] {
+            for node in [&rig.a, &rig.b] {
+                node.end_agent();
+                let old = node.pins().with_file_name(version);
+                fs::rename(node.pins(), &old)?;
+                let pin = old.join("peers");
+                fs::remove_file(&pin)?;
+                let mut peers = HashMap::<_, u32, [u32; 6]>::create(64, 0)?;
+                let [subnet, peer] = [node.other().subnet.network(), node.other().node].map(on_the_wire);
+                peers.insert(subnet, [peer, 7, 7, 7, 7, 7], 0)?;
+                peers.pin(&pin)?;
+                node.start_agent();
+                node.put(node.tunnel(datapath))?;
+                let peers = node.report()?.peers;
+                ensure!(peers.len() == 1 && peers[0].node == node.other().node, "{version}: {peers:?}");
+                ensure!(!old.exists(), "{version}: what is of no use any more is still there");
+            }
+        }
+        let sent = flood.end_complete()?;
+        ensure!(sent > 100, "only {sent} datagrams");
+        // As it was before, and healed by the first look.
+        rig.up(datapath)?;
+        rig.talks()?;
+    }
+    Ok(())
+}
+
+fn on_the_wire(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
 }
 
 pub(crate) fn other_version() -> Result<()> {

@@ -36,8 +36,9 @@ pub(crate) fn auto_takes_xdp() -> Result<()> {
     ensure!(rig.b.count("decap_tc")? == 0 && rig.b.count("decap_user")? == 0, "{report:?}");
     ensure!(!rig.b.has_link("flannel0p"), "no GRO pair beside XDP");
     let peer = &report.peers[0];
-    ensure!(peer.node == rig.a.address() && peer.next_hop == Some(peer.node), "{peer:?}");
+    ensure!(peer.node == rig.a.address() && peer.drops.is_empty(), "{peer:?}");
     ensure!(peer.rx_packets >= 2 && peer.tx_packets >= 2, "{peer:?}");
+    ensure!(peer.last_seen_ms_ago.is_some_and(|age| age < 60_000), "{peer:?}");
     Ok(())
 }
 

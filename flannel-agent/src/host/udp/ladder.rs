@@ -19,14 +19,14 @@ use std::time::{Duration, Instant};
 use aya::util::KernelVersion;
 use flannel_common::counter::Counter;
 use flannel_common::tunnel::{
-    FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
+    COARSE_CLOCK, FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
 };
 use serde::{Deserialize, Serialize};
 
 use super::errno::Refusal;
 use super::ethtool::{Ethtool, Feature, Switch};
 use super::gro_pair::{self, GroPair};
-use super::maps::{Maps, to_wire};
+use super::maps::{self, Maps, to_wire};
 use super::programs::{
     self, ENCAP, GRO, Hook, INGRESS, LinkPin, PinFolder, Programs, Side, TcKind, XDP_FRAGS, inspect,
 };
@@ -103,15 +103,25 @@ struct XdpPart {
 /// # Errors
 /// What is missing for a BPF tier. Whatever was running before still is.
 pub(super) async fn climb(ground: &Ground<'_>, slot: &mut Option<KernelPath>) -> Result<Rung, HostError> {
-    let Ground { netlink, bpffs, tunnel, .. } = ground;
-    let pins = PinFolder::new(bpffs, &tunnel.device);
-    pins.prepare(bpffs)?;
+    let pins = PinFolder::new(ground.bpffs, &ground.tunnel.device);
+    pins.prepare(ground.bpffs)?;
+    let rung = climb_with(ground, &pins, slot).await?;
+    // Programs of other layout versions are replaced now, and nobody needs their maps.
+    pins.retire_other_versions()?;
+    Ok(rung)
+}
 
-    let wish = wish_for_xdp(ground, &pins);
+async fn climb_with(
+    ground: &Ground<'_>,
+    pins: &PinFolder,
+    slot: &mut Option<KernelPath>,
+) -> Result<Rung, HostError> {
+    let Ground { netlink, tunnel, .. } = ground;
+    let wish = wish_for_xdp(ground, pins);
     let mut pair = gro_pair::find(netlink, &tunnel.device, tunnel.mtu).await.ok();
     let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
     let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
-    let path = load(ground, &pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
+    let path = load(ground, pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
     patiently(leftovers, || path.attach_tc()).await?;
     let xdp = match wish {
         Ok(()) => patiently(leftovers, || path.attach_xdp()).await.map_err(|e| refused(&tunnel.underlay, &e)),
@@ -126,7 +136,7 @@ pub(super) async fn climb(ground: &Ground<'_>, slot: &mut Option<KernelPath>) ->
         }
         Ok(()) => {
             if pair.take().is_some() {
-                load(ground, &pins, &Parts { pair: None, probing }, slot)?.attach_all()?;
+                load(ground, pins, &Parts { pair: None, probing }, slot)?.attach_all()?;
                 pins.remove_link(LinkPin::Gro)?;
                 pins.remove_link(LinkPin::Pass)?;
                 gro_pair::remove(netlink, &tunnel.device).await?;
@@ -143,7 +153,7 @@ pub(super) async fn climb(ground: &Ground<'_>, slot: &mut Option<KernelPath>) ->
                 Ok(pair) => Ok(pair),
                 Err(e) => Err(format!("{why}; without GRO pair: {e}")),
             };
-            let path = load(ground, &pins, &Parts { pair: pair.as_ref().ok(), probing: false }, slot)?;
+            let path = load(ground, pins, &Parts { pair: pair.as_ref().ok(), probing: false }, slot)?;
             path.attach_tc()?;
             path.xdp = None;
             pins.remove_link(LinkPin::Xdp)?;
@@ -247,7 +257,11 @@ fn load<'s>(
             path.pair = pair;
         }
         None => {
-            let (programs, maps) = Programs::load(settings, pins)?;
+            let (programs, mut maps) = Programs::load(settings, pins)?;
+            for older in pins.of_other_versions(maps::PEERS_PIN) {
+                let taken = maps.inherit(&older, underlay.1)?;
+                tracing::info!("{taken} peers taken over from {}", older.display());
+            }
             let pins = pins.clone();
             let tc = TcKind::Tcx;
             *slot =
@@ -266,6 +280,9 @@ fn settings(ground: &Ground<'_>, parts: &Parts<'_>) -> Settings {
     };
     if tunnel.options.source_port == SourcePort::Fixed {
         flags |= FIXED_SOURCE_PORT;
+    }
+    if !is_kernel_before(5, 11) {
+        flags |= COARSE_CLOCK;
     }
     if parts.probing {
         flags |= XDP_PROBE;

@@ -34,11 +34,13 @@ pub struct Tally {
 pub struct PeerReport {
     pub subnet: Ipv4Net,
     pub node: Ipv4Addr,
-    /// Where datagrams to it are sent on the wire: itself or a gateway. `None` in the `tun` tier, where the kernel
-    /// routes each datagram.
-    pub next_hop: Option<Ipv4Addr>,
     pub tx_packets: u64,
     pub tx_bytes: u64,
     pub rx_packets: u64,
     pub rx_bytes: u64,
+    /// Packets to or from its subnet that were dropped, or would be if the source check enforced; by
+    /// [`Counter::name`](flannel_common::counter::Counter::name), only those that are not zero.
+    pub drops: BTreeMap<String, u64>,
+    /// How long ago the last packet came from it, at the resolution of a kernel tick; `None` for never.
+    pub last_seen_ms_ago: Option<u64>,
 }

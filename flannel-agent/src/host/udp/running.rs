@@ -11,10 +11,10 @@ use ipnet::Ipv4Net;
 
 use super::errno::Refusal;
 use super::ladder::{self, Ground, KernelPath, Rung, Tier};
-use super::maps::{Towards, add, from_wire};
+use super::maps::{Towards, from_wire};
 use super::programs::PinFolder;
 use super::report::{PeerReport, Tally, TunnelReport};
-use super::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
+use super::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig, monotonic_now};
 use crate::domain::host_state::{Datapath, HostItem, Tunnel, TunnelPeer};
 use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink, NextHop};
@@ -320,6 +320,8 @@ impl Running {
             counters.insert(counter.name().to_owned(), tally);
         }
         let entries = self.kernel.as_ref().and_then(|kernel| kernel.maps.entries().ok()).unwrap_or_default();
+        let mut dropped = self.kernel.as_ref().map(|kernel| kernel.maps.peer_drops()).unwrap_or_default();
+        let now = monotonic_now();
         let peers = self
             .peers
             .iter()
@@ -330,16 +332,24 @@ impl Running {
                     _ => PeerCount::default(),
                 };
                 let in_user =
-                    user.as_ref().and_then(|user| user.peers.get(subnet)).copied().unwrap_or_default();
-                let count = add(in_kernel, &in_user);
+                    user.as_ref().and_then(|user| user.peers.get(subnet)).cloned().unwrap_or_default();
+                let count = in_kernel.and(&in_user.traffic);
+                let mut drops = entry.and_then(|peer| dropped.remove(&peer.index)).unwrap_or_default();
+                for (reason, packets) in in_user.drops {
+                    *drops.entry(reason).or_default() += packets;
+                }
                 PeerReport {
                     subnet: *subnet,
                     node: *node,
-                    next_hop: entry.map(|peer| from_wire(peer.next_hop)),
                     tx_packets: count.tx_packets,
                     tx_bytes: count.tx_bytes,
                     rx_packets: count.rx_packets,
                     rx_bytes: count.rx_bytes,
+                    drops: drops
+                        .into_iter()
+                        .map(|(reason, packets)| (reason.name().to_owned(), packets))
+                        .collect(),
+                    last_seen_ms_ago: age_in_ms(count.last_seen, now),
                 }
             })
             .collect();
@@ -396,9 +406,14 @@ fn serves(started: &Tunnel, wanted: &Tunnel) -> bool {
 
 fn towards(node: Ipv4Addr, next_hop: &Result<NextHop, HostError>) -> Result<Towards, String> {
     match next_hop {
-        Ok(hop) => Ok(Towards { node, next_hop: hop.via.unwrap_or(node), ifindex: hop.ifindex }),
+        Ok(hop) => Ok(Towards { node, ifindex: hop.ifindex }),
         Err(e) => Err(e.to_string()),
     }
+}
+
+/// Since a moment that the data path noted; the tick it noted may be a little ahead of what we read.
+fn age_in_ms(last_seen: u64, now: u64) -> Option<u64> {
+    (last_seen != 0).then(|| now.saturating_sub(last_seen) / 1_000_000)
 }
 
 fn distinct(nodes: impl Iterator<Item = Ipv4Addr>) -> Vec<Ipv4Addr> {

@@ -32,7 +32,7 @@ const XDP_DISPROVED: &str = "xdp_disproved";
 pub struct PinFolder {
     /// `<bpffs>/flannel/<device>`
     device: PathBuf,
-    /// `<bpffs>/flannel/<device>/v1`
+    /// `<bpffs>/flannel/<device>/v2`
     current: PathBuf,
 }
 
@@ -98,7 +98,8 @@ impl PinFolder {
         })
     }
 
-    /// Makes the folder and takes the links of other layout versions into it.
+    /// Makes the folder and takes the links and notes of other layout versions into it. Their maps stay where they are,
+    /// for [`PinFolder::of_other_versions`], until [`PinFolder::retire_other_versions`].
     ///
     /// # Errors
     /// `bpffs` is no bpffs and can't be made one, or missing permission.
@@ -108,14 +109,36 @@ impl PinFolder {
             |e: &io::Error| Refusal::from_io(format!("make the folder {}", self.current.display()), e);
         fs::create_dir_all(&self.current).map_err(|e| failed(&e))?;
         for other in self.other_versions() {
-            tracing::info!("taking over the links of another layout version in {}", other.display());
-            for name in names_in(&other) {
-                if name.starts_with(LINK_PREFIX) && !self.current.join(&name).exists() {
-                    // Fails at worst where both versions have the link; ours wins, the other goes with its folder.
+            let is_ours =
+                |name: &String| name.starts_with(LINK_PREFIX) || name == CHANGED || name == XDP_DISPROVED;
+            for name in names_in(&other).into_iter().filter(is_ours) {
+                if !self.current.join(&name).exists() {
+                    tracing::info!("taking over {name} of another layout version in {}", other.display());
+                    // Fails at worst where both versions have it; ours wins, the other goes with its folder.
                     let _ = fs::rename(other.join(&name), self.current.join(&name));
                 }
             }
-            remove_tree(&other).map_err(|e| failed(&e))?;
+        }
+        Ok(())
+    }
+
+    /// A map of the other layout versions, where they have one of that name.
+    #[must_use]
+    pub fn of_other_versions(&self, map: &str) -> Vec<PathBuf> {
+        self.other_versions().into_iter().map(|folder| folder.join(map)).filter(|pin| pin.exists()).collect()
+    }
+
+    /// Removes what other layout versions left, now that no program uses it.
+    ///
+    /// # Errors
+    /// Missing permission.
+    pub fn retire_other_versions(&self) -> Result<(), Refusal> {
+        for other in self.other_versions() {
+            for name in names_in(&other).iter().filter(|name| name.starts_with(LINK_PREFIX)) {
+                let _ = drop_link(&other.join(name));
+            }
+            remove_tree(&other)
+                .map_err(|e| Refusal::from_io(format!("remove the pins in {}", other.display()), &e))?;
         }
         Ok(())
     }

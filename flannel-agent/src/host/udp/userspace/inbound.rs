@@ -175,18 +175,24 @@ fn accept<'p>(
         let peer = peers.lookup(inner.source.into())?;
         sender = Some(peer);
         let node = u32::from_ne_bytes(peer.node.octets());
-        Some(peer::Peer { node, next_hop: node, ifindex: 0, index: 0 })
+        Some(peer::Peer { node, ifindex: 0, index: 0 })
     });
     let delivery = match verdict {
         Verdict::Deliver(delivery) => delivery,
-        Verdict::Drop(reason) => {
+        Verdict::Drop(reason, _) => {
             shared.inbound.add(reason, packets, total);
+            if let Some(claimed) = sender {
+                claimed.traffic.dropped(reason, packets as u64);
+            }
             return None;
         }
         Verdict::NotOurs | Verdict::HandOn(_) => return drop(Counter::Malformed, total),
     };
     if let Some(reason) = delivery.observed {
         shared.inbound.add(reason, packets, total);
+        if let Some(claimed) = sender {
+            claimed.traffic.dropped(reason, packets as u64);
+        }
     }
     if let Some(sender) = sender.filter(|_| delivery.peer != NO_PEER) {
         sender.traffic.received(packets as u64, total as u64);

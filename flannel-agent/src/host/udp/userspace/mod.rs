@@ -55,7 +55,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use flannel_common::{
-    counter::Count,
+    counter::{Count, Counter},
     peer::PeerCount,
     tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings},
 };
@@ -70,6 +70,7 @@ use device::Queue;
 pub use device::ensure_device;
 use outbound::Outbound;
 use peers::PeerTable;
+pub(in crate::host::udp) use peers::monotonic_now;
 use socket::Socket;
 use tally::Tally;
 
@@ -125,7 +126,15 @@ impl Role {
 pub struct CounterSnapshot {
     /// By index of [`Counter`](flannel_common::counter::Counter).
     pub counts: Vec<Count>,
-    pub peers: BTreeMap<Ipv4Net, PeerCount>,
+    pub peers: BTreeMap<Ipv4Net, PeerTally>,
+}
+
+/// What was exchanged with one peer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerTally {
+    pub traffic: PeerCount,
+    /// Packets, by reason; those that are not zero.
+    pub drops: BTreeMap<Counter, u64>,
 }
 
 /// A running tunnel. Dropping it ends its threads and closes the socket; the device stays.

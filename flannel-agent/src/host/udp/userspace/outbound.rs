@@ -161,6 +161,7 @@ impl Outbound {
             (Ok(rewrite), Some(header)) => rewrite.apply(header),
             (Err(reason), _) => {
                 count(reason, total);
+                peer.traffic.dropped(reason, 1);
                 return Ok(());
             }
             (Ok(_), None) => return Ok(()),

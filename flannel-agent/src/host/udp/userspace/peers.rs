@@ -7,13 +7,18 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::Ipv4Addr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
+use flannel_common::counter::Counter;
 use flannel_common::peer::PeerCount;
 use ipnet::Ipv4Net;
+use nix::sys::time::TimeValLike as _;
+use nix::time::{ClockId, clock_gettime};
+
+use super::PeerTally;
 
 /// One node's lease.
 #[derive(Debug)]
@@ -29,6 +34,9 @@ pub(super) struct Traffic {
     tx_bytes: AtomicU64,
     rx_packets: AtomicU64,
     rx_bytes: AtomicU64,
+    last_seen: AtomicU64,
+    /// Most peers have none.
+    drops: Mutex<BTreeMap<Counter, u64>>,
 }
 
 impl Traffic {
@@ -40,6 +48,16 @@ impl Traffic {
     pub(super) fn received(&self, packets: u64, bytes: u64) {
         self.rx_packets.fetch_add(packets, Relaxed);
         self.rx_bytes.fetch_add(bytes, Relaxed);
+        self.last_seen.store(monotonic_now(), Relaxed);
+    }
+
+    pub(super) fn dropped(&self, reason: Counter, packets: u64) {
+        *self.drops().entry(reason).or_default() += packets;
+    }
+
+    /// A panic elsewhere leaves whole numbers.
+    fn drops(&self) -> MutexGuard<'_, BTreeMap<Counter, u64>> {
+        self.drops.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn snapshot(&self) -> PeerCount {
@@ -48,8 +66,16 @@ impl Traffic {
             tx_bytes: self.tx_bytes.load(Relaxed),
             rx_packets: self.rx_packets.load(Relaxed),
             rx_bytes: self.rx_bytes.load(Relaxed),
+            last_seen: self.last_seen.load(Relaxed),
         }
     }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC as of the kernel's last tick: the clock of the programs.
+pub(in crate::host::udp) fn monotonic_now() -> u64 {
+    // It can't fail for a clock that every kernel has; 0 is "never".
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(0, |time| time.num_nanoseconds());
+    u64::try_from(now).unwrap_or(0)
 }
 
 /// All peers at one moment; replaced as a whole.
@@ -89,10 +115,12 @@ impl PeerTable {
         peers.get(&subnet.network())
     }
 
-    pub(super) fn counts(&self) -> BTreeMap<Ipv4Net, PeerCount> {
+    pub(super) fn counts(&self) -> BTreeMap<Ipv4Net, PeerTally> {
         let all = self.by_length.iter().flat_map(|(mask, peers)| {
             peers.iter().filter_map(|(base, peer)| {
-                Some((Ipv4Net::new(*base, mask.prefix_len()).ok()?, peer.traffic.snapshot()))
+                let subnet = Ipv4Net::new(*base, mask.prefix_len()).ok()?;
+                let traffic = peer.traffic.snapshot();
+                Some((subnet, PeerTally { traffic, drops: peer.traffic.drops().clone() }))
             })
         });
         all.collect()
@@ -138,6 +166,6 @@ mod tests {
         assert_eq!(after.lookup(ip("10.5.1.9")).unwrap().node, ip("192.0.2.9"));
         let counts = after.counts();
         assert_eq!(counts.len(), 1);
-        assert_eq!(counts[&subnets[0]].tx_bytes, 300);
+        assert_eq!(counts[&subnets[0]].traffic.tx_bytes, 300);
     }
 }

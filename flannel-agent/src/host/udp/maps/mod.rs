@@ -2,17 +2,23 @@
 //!
 //! They are pinned and survive the agent, and with them the peers' places in `PEER_COUNTERS`: a subnet's index is
 //! taken from the adopted entry, so its counts go on across restarts. A pinned map is used only when it has exactly
-//! the shape this agent was built with; the kernel itself would let a program be loaded with any map at that path.
+//! the shape this agent was built with; the kernel itself would let a program be loaded with any map at that path. From a
+//! map of another layout version the peers are taken over, so that no packet is lost in between; counts begin anew.
+
+mod foreign;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use aya::Ebpf;
-use aya::maps::{HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues};
+use aya::maps::{
+    HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap, PerCpuValues,
+};
 use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
-use flannel_common::peer::{MAX_PEERS, Peer, PeerCount, PeerKey};
+use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey};
 
 use super::errno::Refusal;
 use super::programs::PinFolder;
@@ -30,11 +36,14 @@ pub struct MapShape {
     entries: u32,
 }
 
+/// Pin of the map of peers, the same in every layout version.
+pub const PEERS_PIN: &str = "peers";
+
 /// Every map of the object that is pinned.
-pub const SHAPES: [MapShape; 3] = [
+pub const SHAPES: [MapShape; 4] = [
     MapShape {
         name: "PEERS",
-        pin: "peers",
+        pin: PEERS_PIN,
         kind: MapType::Hash,
         key: size_of::<PeerKey>() as u32,
         value: size_of::<Peer>() as u32,
@@ -55,6 +64,14 @@ pub const SHAPES: [MapShape; 3] = [
         key: 4,
         value: size_of::<PeerCount>() as u32,
         entries: MAX_PEERS,
+    },
+    MapShape {
+        name: "PEER_DROPS",
+        pin: "peer_drops",
+        kind: MapType::PerCpuHash,
+        key: size_of::<PeerDrop>() as u32,
+        value: 8,
+        entries: MAX_PEER_DROPS,
     },
 ];
 
@@ -105,6 +122,7 @@ pub struct Maps {
     peers: HashMap<MapData, PeerKey, Peer>,
     counters: PerCpuArray<MapData, Count>,
     peer_counters: PerCpuArray<MapData, PeerCount>,
+    peer_drops: PerCpuHashMap<MapData, PeerDrop, u64>,
     indexes: Indexes,
 }
 
@@ -124,6 +142,7 @@ impl Maps {
             peers: HashMap::try_from(take(0)?).map_err(wrong)?,
             counters: PerCpuArray::try_from(take(1)?).map_err(wrong)?,
             peer_counters: PerCpuArray::try_from(take(2)?).map_err(wrong)?,
+            peer_drops: PerCpuHashMap::try_from(take(3)?).map_err(wrong)?,
             indexes: Indexes::default(),
         };
         maps.adopt_indexes()?;
@@ -164,8 +183,8 @@ impl Maps {
         SHAPES.iter().find(|shape| !pins.map(shape.pin).exists()).map(|shape| shape.name)
     }
 
-    fn data(&self) -> [&MapData; 3] {
-        [self.peers.map(), self.counters.map(), self.peer_counters.map()]
+    fn data(&self) -> [&MapData; 4] {
+        [self.peers.map(), self.counters.map(), self.peer_counters.map(), self.peer_drops.map()]
     }
 
     /// Base address of each subnet, and its node.
@@ -197,8 +216,7 @@ impl Maps {
             Some(peer) => peer.index,
             None => self.fresh_index(doing)?,
         };
-        let peer =
-            Peer { node: to_wire(to.node), next_hop: to_wire(to.next_hop), ifindex: to.ifindex, index };
+        let peer = Peer { node: to_wire(to.node), ifindex: to.ifindex, index };
         if existing == Some(peer) {
             return Ok(());
         }
@@ -220,6 +238,10 @@ impl Maps {
         let zeros = PerCpuValues::try_from(vec![PeerCount::default(); cpus])
             .map_err(|e: io::Error| Refusal::from_io(doing(), &e))?;
         self.peer_counters.set(index, zeros, 0).map_err(|e| Refusal::from_map(doing(), &e))?;
+        for reason in Counter::ALL {
+            let key = PeerDrop { peer: index, reason: *reason as u32 };
+            ignore_missing(self.peer_drops.remove(&key)).map_err(|e| Refusal::from_map(doing(), &e))?;
+        }
         self.indexes.take(index);
         Ok(index)
     }
@@ -240,11 +262,7 @@ impl Maps {
     }
 
     fn delete(&mut self, key: PeerKey) -> Result<(), MapError> {
-        match self.peers.remove(&key) {
-            Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            result => result,
-        }
+        ignore_missing(self.peers.remove(&key))
     }
 
     /// Sums over all CPUs, in index order of [`Counter`]. What can't be read counts as zero.
@@ -272,7 +290,53 @@ impl Maps {
     #[must_use]
     pub fn peer_count(&self, index: u32) -> PeerCount {
         let values = self.peer_counters.get(&index, 0);
-        values.map_or_else(|_| PeerCount::default(), |values| values.iter().fold(PeerCount::default(), add))
+        values.map_or_else(
+            |_| PeerCount::default(),
+            |values| values.iter().fold(PeerCount::default(), PeerCount::and),
+        )
+    }
+
+    /// Packets dropped on all CPUs, by peer index and reason. What can't be read, or is no reason this agent knows, is left out.
+    #[must_use]
+    pub fn peer_drops(&self) -> BTreeMap<u32, BTreeMap<Counter, u64>> {
+        let mut drops: BTreeMap<u32, BTreeMap<Counter, u64>> = BTreeMap::new();
+        for (key, packets) in self.peer_drops.iter().flatten() {
+            if let Some(reason) = Counter::ALL.get(key.reason as usize) {
+                drops.entry(key.peer).or_default().insert(*reason, packets.iter().sum());
+            }
+        }
+        drops
+    }
+
+    /// Takes the peers of another layout version's map over, so that the programs about to be attached know them all:
+    /// every version's key is the subnet, and every version's value begins with the node. They leave by `ifindex` until
+    /// the agent says otherwise. A map that has peers already is left alone.
+    ///
+    /// # Errors
+    /// The kernel refuses to write the map. A map that can't be read is passed over: its peers come with the leases.
+    pub fn inherit(&mut self, older: &Path, ifindex: u32) -> Result<usize, Refusal> {
+        if self.peers.keys().next().is_some() {
+            return Ok(0);
+        }
+        let entries = match foreign::entries(older) {
+            Ok(entries) => entries,
+            Err(e) => {
+                tracing::warn!("the peers in {} can't be taken over: {e}", older.display());
+                return Ok(0);
+            }
+        };
+        for (subnet, node) in &entries {
+            self.put(from_wire(*subnet), Towards { node: from_wire(*node), ifindex })?;
+        }
+        Ok(entries.len())
+    }
+}
+
+fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result,
     }
 }
 
@@ -280,24 +344,13 @@ impl Maps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Towards {
     pub node: Ipv4Addr,
-    /// The node itself when it is on-link, else the gateway.
-    pub next_hop: Ipv4Addr,
+    /// Interface they leave by.
     pub ifindex: u32,
 }
 
 impl From<Peer> for Towards {
     fn from(peer: Peer) -> Self {
-        Self { node: from_wire(peer.node), next_hop: from_wire(peer.next_hop), ifindex: peer.ifindex }
-    }
-}
-
-/// Sum of two.
-pub(super) fn add(a: PeerCount, b: &PeerCount) -> PeerCount {
-    PeerCount {
-        tx_packets: a.tx_packets.wrapping_add(b.tx_packets),
-        tx_bytes: a.tx_bytes.wrapping_add(b.tx_bytes),
-        rx_packets: a.rx_packets.wrapping_add(b.rx_packets),
-        rx_bytes: a.rx_bytes.wrapping_add(b.rx_bytes),
+        Self { node: from_wire(peer.node), ifindex: peer.ifindex }
     }
 }
 
