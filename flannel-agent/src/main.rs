@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use flannel_agent::cli::{self, Command, Parsed, Settings, Stream};
 use flannel_agent::commands;
+use flannel_agent::host::memory;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         Parsed::Command(Command::Status(command)) => on_runtime(commands::status::run(&command)),
         Parsed::Command(Command::Cleanup(command)) => on_runtime(commands::cleanup::run(&command)),
         Parsed::Daemon(settings) => {
+            memory::give_back_what_is_freed();
             log_to_stderr(&settings);
             // One provider for the whole process; a second call would only say that it is there.
             let _ = rustls::crypto::ring::default_provider().install_default();

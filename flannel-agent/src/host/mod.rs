@@ -8,6 +8,7 @@ pub mod fake;
 pub mod interfaces;
 pub mod leftovers;
 pub mod linux;
+pub mod memory;
 pub mod netlink;
 pub mod sysctl;
 pub mod udp;
