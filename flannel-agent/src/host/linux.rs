@@ -378,6 +378,7 @@ mod tests {
             carrier: true,
             kind: Some("tun".into()),
             tun: Some(made),
+            xdp: None,
         };
         let rows = [
             ("as made", tun.clone(), true),

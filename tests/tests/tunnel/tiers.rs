@@ -318,6 +318,13 @@ pub(crate) fn offloads() -> Result<()> {
     rig.b.up(Datapath::Xdp)?;
     let during = (rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?);
     ensure!(during == ("on".to_owned(), "off".to_owned()), "{during:?}");
+    for change in ["gro off", "tx-udp-segmentation on"] {
+        rig.b.command("ethtool", &format!("-K {UNDERLAY} {change}"))?;
+        ensure!(!rig.b.is_in_place()?, "{change} is not missed");
+        rig.b.put(rig.b.tunnel(Datapath::Xdp))?;
+        ensure!(rig.b.is_in_place()?);
+    }
+    ensure!((rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?) == during);
     // The notes outlive the agent.
     rig.b.up(Datapath::Tc)?;
     let with_tc = (rig.b.offload(UNDERLAY, "generic-receive-offload")?, segmentation(&rig.b)?);
@@ -422,14 +429,53 @@ pub(crate) fn foreign_tc() -> Result<()> {
         (late, id)
     });
     let late_id = id?;
-    ensure!(rig.b.is_in_place()?, "it works all the same");
+    rig.b.disturbed_within(Duration::from_secs(1))?;
+    ensure!(!rig.b.is_in_place()?, "the place is not missed");
+    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    ensure!(rig.b.is_in_place()?);
+    let programs = tcx(&rig.b, UNDERLAY, INGRESS)?;
+    ensure!(programs.len() == 3 && programs[1..] == [late_id, early_id], "ours is first: {programs:?}");
     let reason = rig.b.report()?.reason;
-    ensure!(reason.ends_with(&format!("; program {late_id} runs before ours on eth0")), "{reason}");
+    ensure!(reason.ends_with("; displaced once by another program, first again"), "{reason}");
     rig.talks()?;
 
     rig.b.remove(Datapath::Auto)?;
     ensure!(tcx(&rig.b, UNDERLAY, INGRESS)? == [late_id, early_id]);
     drop((early, late));
+    Ok(())
+}
+
+/// Another agent that also wants to be first: after a few rounds it is, and packets flow on all the while.
+pub(crate) fn contested() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    let flood = rig.flood()?;
+    let mut others = Vec::new();
+    for _ in 0..3 {
+        let mut other = stranger()?;
+        let (other, id) = rig.b.run(move |_| {
+            let id = attach_stranger(&mut other);
+            (other, id)
+        });
+        others.push((other, id?));
+        ensure!(!rig.b.is_in_place()?, "the place is not missed");
+        rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+        ensure!(rig.b.is_in_place()?);
+    }
+    let mut last = stranger()?;
+    let (last, id) = rig.b.run(move |_| {
+        let id = attach_stranger(&mut last);
+        (last, id)
+    });
+    let id = id?;
+    ensure!(rig.b.is_in_place()?, "it works all the same, and repairing has an end");
+    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.first() == Some(&id));
+    let reason = rig.b.report()?.reason;
+    ensure!(reason.ends_with(&format!("; program {id} runs before ours on ingress of eth0")), "{reason}");
+    flood.end_complete()?;
+    drop((others, last));
     Ok(())
 }
 
@@ -449,8 +495,14 @@ pub(crate) fn foreign_xdp() -> Result<()> {
     rig.talks()?;
     rig.b.remove(Datapath::Auto)?;
     ensure!(has_xdp(&rig.b)?, "the foreign program is gone");
-    drop(foreign);
-    Ok(())
+    // When it leaves, XDP is ours.
+    rig.b.up(Datapath::Auto)?;
+    ensure!(rig.b.is_in_place()? && rig.b.tier()? == "tc+gro");
+    rig.b.run(move |_| drop(foreign));
+    ensure!(!rig.b.is_in_place()?, "the free place is not seen");
+    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{:?}", rig.b.report()?);
+    rig.talks()
 }
 
 pub(crate) fn clsact() -> Result<()> {

@@ -8,7 +8,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, Nla};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo as LinkInfoAttribute,
-    LinkLayerType, LinkMessage,
+    LinkLayerType, LinkMessage, LinkXdp,
 };
 
 use super::{Failure, Netlink};
@@ -29,6 +29,8 @@ pub struct LinkInfo {
     pub kind: Option<String>,
     /// For devices of kind `tun` that carry IP packets (`IFF_TUN`, not `IFF_TAP`).
     pub tun: Option<TunInfo>,
+    /// Id of the XDP program on it, whoever's.
+    pub xdp: Option<u32>,
 }
 
 /// How a TUN device was opened. Kernels before 4.20 don't say; then everything is taken to be as the agent makes it.
@@ -205,12 +207,19 @@ fn link_info(message: LinkMessage) -> LinkInfo {
         carrier: message.header.flags.contains(LinkFlags::LowerUp),
         kind: None,
         tun: None,
+        xdp: None,
     };
     let mut tun = TunInfo { persistent: true, multi_queue: true, vnet_header: true };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => info.name = name,
             LinkAttribute::Mtu(mtu) => info.mtu = mtu,
+            LinkAttribute::Xdp(details) => {
+                info.xdp = details.iter().find_map(|detail| match detail {
+                    LinkXdp::ProgId(id) => Some(*id),
+                    _ => None,
+                });
+            }
             LinkAttribute::LinkInfo(details) => {
                 for detail in details {
                     match detail {

@@ -27,6 +27,7 @@ use super::errno::Refusal;
 use super::ethtool::{Ethtool, Feature, Switch};
 use super::gro_pair::{self, GroPair};
 use super::maps::{self, Maps, to_wire};
+use super::place::{Ahead, Place};
 use super::programs::{
     self, ENCAP, GRO, Hook, INGRESS, LinkPin, PinFolder, Programs, Side, TcKind, XDP_FRAGS, inspect,
 };
@@ -89,8 +90,11 @@ pub(super) struct KernelPath {
     tc: TcKind,
     xdp: Option<XdpPart>,
     pair: Option<GroPair>,
-    /// A program seen to run before ours on the underlay.
-    ahead: Option<u32>,
+    place: Place,
+    /// Somebody else's XDP program is why this is not the XDP tier.
+    xdp_taken: bool,
+    /// Offloads of the underlay that were brought to what is wanted.
+    tuned: Vec<(Feature, Switch)>,
 }
 
 struct XdpPart {
@@ -123,8 +127,13 @@ async fn climb_with(
     let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
     let path = load(ground, pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
     patiently(leftovers, || path.attach_tc()).await?;
+    path.take_place_back()?;
+    path.xdp_taken = false;
     let xdp = match wish {
-        Ok(()) => patiently(leftovers, || path.attach_xdp()).await.map_err(|e| refused(&tunnel.underlay, &e)),
+        Ok(()) => patiently(leftovers, || path.attach_xdp()).await.map_err(|e| {
+            path.xdp_taken = is_taken(&e);
+            refused(&tunnel.underlay, &e)
+        }),
         Err(why) => Err(why),
     };
 
@@ -141,7 +150,7 @@ async fn climb_with(
                 pins.remove_link(LinkPin::Pass)?;
                 gro_pair::remove(netlink, &tunnel.device).await?;
             }
-            let path = slot.as_ref().ok_or_else(|| lost(tunnel))?;
+            let path = slot.as_mut().ok_or_else(|| lost(tunnel))?;
             tune(ground, path, &[(Feature::Gro, Switch::On)]);
             Ok(Rung { tier: Tier::Xdp, reason: path.xdp_reason() })
         }
@@ -264,8 +273,19 @@ fn load<'s>(
             }
             let pins = pins.clone();
             let tc = TcKind::Tcx;
-            *slot =
-                Some(KernelPath { pins, maps, programs, device, underlay, tc, xdp: None, pair, ahead: None });
+            *slot = Some(KernelPath {
+                pins,
+                maps,
+                programs,
+                device,
+                underlay,
+                tc,
+                xdp: None,
+                pair,
+                place: Place::default(),
+                xdp_taken: false,
+                tuned: Vec::new(),
+            });
         }
     }
     slot.as_mut().ok_or_else(|| lost(ground.tunnel))
@@ -302,7 +322,7 @@ fn settings(ground: &Ground<'_>, parts: &Parts<'_>) -> Settings {
 }
 
 /// The offloads a veth underlay needs; a network card is left as it is. A failure costs speed, not the tunnel.
-fn tune(ground: &Ground<'_>, path: &KernelPath, wanted: &[(Feature, Switch)]) {
+fn tune(ground: &Ground<'_>, path: &mut KernelPath, wanted: &[(Feature, Switch)]) {
     let mut all = Vec::new();
     if ground.underlay.kind.as_deref() == Some("veth") {
         all.push((Feature::UdpSegmentation, Switch::Off));
@@ -311,6 +331,14 @@ fn tune(ground: &Ground<'_>, path: &KernelPath, wanted: &[(Feature, Switch)]) {
     if let Err(e) = underlay::tune(&path.pins, &ground.tunnel.underlay, &all) {
         tracing::warn!("{e}; traffic over {} may be slower", ground.tunnel.underlay);
     }
+    // What could not be switched is not missed later either.
+    let ethtool = Ethtool::open();
+    all.retain(|offload| ethtool.as_ref().is_ok_and(|ethtool| is_tuned(ethtool, &path.underlay.0, *offload)));
+    path.tuned = all;
+}
+
+fn is_tuned(ethtool: &Ethtool, device: &str, (feature, wanted): (Feature, Switch)) -> bool {
+    ethtool.is_on(device, feature).is_ok_and(|is_on| is_on == (wanted == Switch::On))
 }
 
 impl KernelPath {
@@ -413,25 +441,43 @@ impl KernelPath {
         if let Some(xdp) = &self.xdp {
             programs.check_xdp(xdp.program, self.underlay.1, pins)?;
         }
-        self.look_ahead();
+        let ahead = self.ahead();
+        self.place.look(ahead, now)?;
         self.look_at_proof(now)
     }
 
-    fn look_ahead(&mut self) {
-        let ahead = match self.tc {
-            TcKind::Tcx => self.programs.ahead_of(INGRESS, &self.ingress_hook()),
-            TcKind::Clsact => None,
-        };
-        if ahead != self.ahead {
-            if let Some(id) = ahead {
-                tracing::warn!(
-                    "BPF program {id} now runs before ours on tc ingress of {}; if it ends the processing of tunnel \
-                     packets, they are lost",
-                    self.underlay.0
-                );
-            }
-            self.ahead = ahead;
+    /// A program that somebody attached in front of ours.
+    fn ahead(&self) -> Option<Ahead> {
+        // A filter's place is its priority, which nobody takes from us.
+        if self.tc == TcKind::Clsact {
+            return None;
         }
+        [(INGRESS, self.ingress_hook()), (ENCAP, self.encap_hook())].into_iter().find_map(|(name, hook)| {
+            let program = self.programs.ahead_of(name, &hook)?;
+            Some(Ahead { program, hook: format!("{} of {}", hook.side.word(), hook.device) })
+        })
+    }
+
+    /// Moves in front of whoever moved in front of us, without a gap: new copies of the programs are attached before the
+    /// old ones go.
+    fn take_place_back(&mut self) -> Result<(), Refusal> {
+        let Some(ahead) = self.ahead() else { return Ok(()) };
+        let now = Instant::now();
+        if !self.place.may_take(now) {
+            return Ok(());
+        }
+        (self.programs, self.maps) = Programs::load(self.programs.settings(), &self.pins)?;
+        self.place.taken(now);
+        let (underlay, device) = (self.underlay.clone(), self.device.clone());
+        for (name, (device, ifindex), side, pin) in [
+            (INGRESS, &underlay, Side::Ingress, LinkPin::Ingress),
+            (ENCAP, &device, Side::Egress, LinkPin::Encap),
+        ] {
+            let hook = Hook { device, ifindex: *ifindex, side, pin };
+            self.programs.attach_in_front(name, &hook, &self.pins)?;
+        }
+        tracing::info!("{ahead}: ours is in front again");
+        self.attach_tc()
     }
 
     /// Whether an interface index is the tunnel device's.
@@ -439,9 +485,9 @@ impl KernelPath {
         self.device.1 == ifindex
     }
 
-    /// The program that runs before ours on the underlay, by id.
-    pub(super) fn ahead(&self) -> Option<u32> {
-        self.ahead
+    /// Who is, or was, in front of us.
+    pub(super) fn place(&self) -> Option<String> {
+        self.place.report()
     }
 
     fn look_at_proof(&mut self, now: Instant) -> Result<(), String> {
@@ -469,16 +515,31 @@ impl KernelPath {
         }
     }
 
-    /// As [`gro_pair::find`]: is the pair there and in shape?
+    /// Are the devices around the programs as they were made: the GRO pair, the underlay's offloads? And is the reason for
+    /// doing without XDP still there?
     ///
     /// # Errors
-    /// What is missing or wrong.
-    pub(super) async fn check_pair(&self, netlink: &Netlink, mtu: u32) -> Result<(), String> {
+    /// What is missing or wrong, or can be had by now.
+    pub(super) async fn check_around(&self, netlink: &Netlink, mtu: u32) -> Result<(), String> {
         match &self.pair {
-            None => Ok(()),
-            Some(pair) if gro_pair::find(netlink, &self.device.0, mtu).await? == *pair => Ok(()),
-            Some(_) => Err("the GRO pair was made anew".to_owned()),
+            Some(pair) if gro_pair::find(netlink, &self.device.0, mtu).await? != *pair => {
+                return Err("the GRO pair was made anew".to_owned());
+            }
+            _ => {}
         }
+        let underlay = &self.underlay.0;
+        let ethtool = Ethtool::open().map_err(|e| e.to_string())?;
+        for (feature, wanted) in &self.tuned {
+            if !is_tuned(&ethtool, underlay, (*feature, *wanted)) {
+                return Err(format!("{} of {underlay} is not {}", feature.name(), wanted.word()));
+            }
+        }
+        if self.xdp_taken
+            && netlink.link(underlay).await.is_ok_and(|link| link.is_some_and(|l| l.xdp.is_none()))
+        {
+            return Err(format!("the other XDP program on {underlay} is gone"));
+        }
+        Ok(())
     }
 }
 

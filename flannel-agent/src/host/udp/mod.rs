@@ -14,6 +14,7 @@
 //! | [`programs`] | load, attach, pin, take over |
 //! | [`maps`] | peers in, counts out |
 //! | [`gro_pair`], [`underlay`], [`ethtool`] | the devices around it |
+//! | `place` | keeping it among the programs of others |
 //! | [`proof`] | whether XDP's marks arrive |
 //! | [`remains`] | what is left of tunnels, for `cleanup` |
 //! | [`userspace`] | the tunnel without BPF |
@@ -27,6 +28,7 @@ pub mod gro_pair;
 pub mod ladder;
 pub mod maps;
 pub mod object;
+mod place;
 pub mod programs;
 pub mod proof;
 pub mod remains;

@@ -174,6 +174,7 @@ mod tests {
             carrier: false,
             kind: Some(kind.to_owned()),
             tun,
+            xdp: None,
         }
     }
 

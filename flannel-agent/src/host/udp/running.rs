@@ -240,7 +240,7 @@ impl Running {
             if health.is_ok()
                 && let Some(kernel) = &self.kernel
             {
-                health = kernel.check_pair(netlink, self.tunnel.mtu).await;
+                health = kernel.check_around(netlink, self.tunnel.mtu).await;
             }
             match health {
                 Ok(()) => items.push(HostItem::Tunnel(self.tunnel.clone())),
@@ -368,8 +368,9 @@ impl Running {
             (Some(kernel), Tier::Xdp) => kernel.xdp_reason(),
             _ => rung.reason.clone(),
         };
-        if let Some(id) = self.kernel.as_ref().and_then(KernelPath::ahead) {
-            reason.push_str(&format!("; program {id} runs before ours on {}", self.tunnel.underlay));
+        if let Some(place) = self.kernel.as_ref().and_then(KernelPath::place) {
+            reason.push_str("; ");
+            reason.push_str(&place);
         }
         reason
     }

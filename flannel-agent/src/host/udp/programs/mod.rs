@@ -190,6 +190,28 @@ impl Programs {
         clsact::attach(self.classifier(name)?, hook, name)
     }
 
+    /// Hangs a tc program on its hook in front of all others, and only then lets go of the one of ours that is there.
+    ///
+    /// # Errors
+    /// As [`Programs::attach_tc`]; and when this very program is attached there already.
+    pub fn attach_in_front(
+        &mut self,
+        name: &'static str,
+        hook: &Hook<'_>,
+        pins: &PinFolder,
+    ) -> Result<(), Refusal> {
+        let doing = || format!("attach {name} first to {} of {}", hook.side.word(), hook.device);
+        let program = self.classifier(name)?;
+        let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program
+            .attach_with_options(hook.device, hook.side.tc(), order)
+            .map_err(|e| Refusal::from_program(doing(), &e))?;
+        let link = program.take_link(id).map_err(|e| Refusal::from_program(doing(), &e))?;
+        let successor = pins.make_way_for_successor(hook.pin)?;
+        pin_link(FdLink::try_from(link), &successor, doing)?;
+        pins.succeed(hook.pin)
+    }
+
     /// Why the program is not on its hook; `Ok` when it is this very one.
     ///
     /// # Errors

@@ -22,6 +22,8 @@ use crate::host::udp::ethtool::{Feature, Switch};
 
 /// Links start so; what hangs in the kernel by them is let go by removing the file.
 const LINK_PREFIX: &str = "link_";
+/// Ends the name of a link that is about to take another one's place.
+const SUCCESSOR: &str = "_next";
 /// Folder of notes on changed offloads.
 const CHANGED: &str = "changed";
 /// Folder that says: XDP's marks did not arrive here.
@@ -108,6 +110,10 @@ impl PinFolder {
         let failed =
             |e: &io::Error| Refusal::from_io(format!("make the folder {}", self.current.display()), e);
         fs::create_dir_all(&self.current).map_err(|e| failed(&e))?;
+        // An agent was killed before it gave the new link the old one's name: the old one does.
+        for name in names_in(&self.current).iter().filter(|name| name.ends_with(SUCCESSOR)) {
+            drop_link(&self.current.join(name)).map_err(|e| failed(&e))?;
+        }
         for other in self.other_versions() {
             let is_ours =
                 |name: &String| name.starts_with(LINK_PREFIX) || name == CHANGED || name == XDP_DISPROVED;
@@ -168,6 +174,25 @@ impl PinFolder {
     pub fn remove_link(&self, link: LinkPin) -> Result<(), Refusal> {
         let path = self.link(link);
         drop_link(&path).map_err(|e| Refusal::from_io(format!("remove the pin {}", path.display()), &e))
+    }
+
+    /// Where the link that will take the place of this one is pinned for a moment; what an agent that was killed in that
+    /// moment left there is detached.
+    pub(super) fn make_way_for_successor(&self, link: LinkPin) -> Result<PathBuf, Refusal> {
+        let path = self.successor(link);
+        drop_link(&path).map_err(|e| Refusal::from_io(format!("remove the pin {}", path.display()), &e))?;
+        Ok(path)
+    }
+
+    /// Lets go of a link and gives its name to its successor.
+    pub(super) fn succeed(&self, link: LinkPin) -> Result<(), Refusal> {
+        self.remove_link(link)?;
+        let (from, to) = (self.successor(link), self.link(link));
+        fs::rename(&from, &to).map_err(|e| Refusal::from_io(format!("rename the pin {}", from.display()), &e))
+    }
+
+    fn successor(&self, link: LinkPin) -> PathBuf {
+        self.current.join(format!("{}{SUCCESSOR}", link.name()))
     }
 
     /// Links first, then everything else, of every layout version, then the folders. Gone already is a success.
