@@ -4,11 +4,12 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues};
 use flannel_agent::domain::host_state::Datapath;
 use flannel_common::counter::{Count, Counter};
+use flannel_common::peer::{Peer, PeerKey};
 
-use crate::rig::{DEVICE, Rig, UNDERLAY};
+use crate::rig::{DEVICE, Rig, UNDERLAY, peer};
 
 const SOON: Duration = Duration::from_secs(1);
 
@@ -56,6 +57,43 @@ pub(crate) fn deleted_pins() -> Result<()> {
         ensure!(rig.b.disturbed_within(SOON).is_err(), "a healthy tunnel complains");
     }
     Ok(())
+}
+
+pub(crate) fn map_entries() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Auto)?;
+    rig.talks()?;
+    // The takeover of the other node's entry is news once.
+    let _ = rig.b.disturbed_within(SOON);
+    let map = MapData::from_pin(rig.b.pins().join("peers"))?;
+    let mut peers: HashMap<_, PeerKey, Peer> = Map::from_map_data(map)?.try_into()?;
+    let key = peers.keys().next().context("no entry")??;
+    let right = peers.get(&key, 0)?;
+    let seen = |count: usize| -> Result<()> {
+        rig.b.disturbed_within(SOON)?;
+        let items = rig.b.observe()?;
+        ensure!(items.len() == count && rig.b.is_in_place()?, "{items:?}");
+        ensure!(rig.b.disturbed_within(SOON).is_err(), "said twice");
+        Ok(())
+    };
+    let repair = |peers: &HashMap<MapData, PeerKey, Peer>| -> Result<()> {
+        rig.b.put_peers(vec![rig.b.other()])?;
+        ensure!(peers.get(&key, 0)? == right && rig.b.observe()?.len() == 2);
+        ensure!(rig.b.disturbed_within(SOON).is_err(), "our own entry is news");
+        rig.talks()
+    };
+    peers.remove(&key)?;
+    seen(1).context("deleted")?;
+    repair(&peers)?;
+    peers.insert(key, Peer { ifindex: right.ifindex + 7, ..right }, 0)?;
+    seen(1).context("changed")?;
+    repair(&peers)?;
+    let foreign = u32::from_ne_bytes([10, 244, 9, 0]);
+    peers.insert(foreign, Peer { index: 5, ..right }, 0)?;
+    seen(3).context("added")?;
+    rig.b.remove_peers(vec![peer("10.244.9.0/24", rig.a.address())])?;
+    ensure!(peers.get(&foreign, 0).is_err());
+    repair(&peers)
 }
 
 pub(crate) fn gro_pair() -> Result<()> {

@@ -19,7 +19,7 @@ use libtest_mimic::{Failed, Trial};
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 34] = [
+    let tests: &[(&str, Test)] = &[
         ("auto_takes_xdp_on_a_veth_and_traffic_proves_it", tiers::auto_takes_xdp),
         ("every_datapath_option_takes_its_tier_and_carries_packets", tiers::every_option),
         ("tiers_that_differ_talk_to_each_other", tiers::mixed),
@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         ("a_link_lost_a_moment_ago_is_not_taken_for_a_foreign_one", damage::at_once),
         ("an_underlay_made_anew_is_attached_again", damage::recreated_underlay),
         ("a_deleted_pin_is_missed_within_a_second_and_put_back", damage::deleted_pins),
+        ("entries_of_peers_that_somebody_changed_are_missed_within_a_second", damage::map_entries),
         ("a_damaged_gro_pair_is_missed_and_made_anew", damage::gro_pair),
         ("xdp_whose_marks_do_not_arrive_is_given_up_for_good", damage::disproved),
         ("a_deleted_tunnel_device_is_missed_and_comes_back", damage::deleted_device),
@@ -69,6 +70,8 @@ fn main() -> ExitCode {
     }
     rig::set_bpffs(pins.path());
     let trials = tests
-        .map(|(name, test)| Trial::test(name, move || test().map_err(|e| Failed::from(format!("{e:#}")))));
-    privilege::run(trials.into())
+        .iter()
+        .map(|&(name, test)| Trial::test(name, move || test().map_err(|e| Failed::from(format!("{e:#}")))))
+        .collect();
+    privilege::run(trials)
 }

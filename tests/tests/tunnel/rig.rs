@@ -199,6 +199,12 @@ impl Node {
         Ok(results.into_iter().map(|result| result.map_err(|e| e.to_string())).collect())
     }
 
+    pub(crate) fn remove_peers(&self, peers: Vec<TunnelPeer>) -> Result<()> {
+        let results =
+            self.run(move |inside| inside.with(async |tunnels| tunnels.remove_peers(&peers).await))?;
+        results.into_iter().try_for_each(|result| result.map_err(|e| anyhow!(e.to_string())))
+    }
+
     /// A new agent with this datapath and the other node as peer.
     pub(crate) fn up(&self, datapath: Datapath) -> Result<()> {
         self.start_agent();

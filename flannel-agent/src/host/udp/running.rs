@@ -252,10 +252,13 @@ impl Running {
                 }
             }
         }
-        let entries = match &self.kernel {
+        let entries = match &mut self.kernel {
             None => None,
             Some(kernel) => match kernel.maps.entries() {
-                Ok(entries) => Some(entries),
+                Ok(entries) => {
+                    kernel.maps.accept(&entries);
+                    Some(entries)
+                }
                 Err(e) => {
                     tracing::warn!("{e}");
                     return items;
@@ -266,6 +269,16 @@ impl Running {
         if entries.is_some() {
             let nodes: Vec<Ipv4Addr> = distinct(self.peers.values().copied());
             hops = nodes.iter().copied().zip(netlink.next_hops(&nodes).await).collect();
+        }
+        // Somebody else's entry is shown, so that it is taken away.
+        for (base, peer) in entries.iter().flatten() {
+            let subnet = Ipv4Net::new(*base, self.tunnel.own_subnet.prefix_len());
+            if let Ok(subnet) = subnet
+                && !self.peers.contains_key(&subnet)
+            {
+                let (device, node) = (self.tunnel.device.clone(), from_wire(peer.node));
+                items.push(HostItem::TunnelPeer(TunnelPeer { device, subnet, node }));
+            }
         }
         for (subnet, node) in &self.peers {
             let in_place = entries.as_ref().is_none_or(|entries| {
@@ -302,7 +315,11 @@ impl Running {
             tracing::info!("tunnel on {} needs repair: {reason}", self.tunnel.device);
         }
         self.complaint = complaint;
-        news | std::mem::take(&mut self.adopted)
+        let touched = self.kernel.as_ref().is_some_and(|kernel| kernel.maps.is_touched());
+        if touched {
+            tracing::info!("somebody else changed entries of the peers' map of {}", self.tunnel.device);
+        }
+        news | touched | std::mem::take(&mut self.adopted)
     }
 
     pub(super) fn report(&self) -> Option<TunnelReport> {

@@ -5,6 +5,7 @@
 //! the shape this agent was built with; the kernel itself would let a program be loaded with any map at that path. From a
 //! map of another layout version the peers are taken over, so that no packet is lost in between; counts begin anew.
 
+mod batch;
 mod foreign;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -124,6 +125,8 @@ pub struct Maps {
     peer_counters: PerCpuArray<MapData, PeerCount>,
     peer_drops: PerCpuHashMap<MapData, PeerDrop, u64>,
     indexes: Indexes,
+    /// Of all entries of `peers`, as they were last seen or written by us.
+    digest: u64,
 }
 
 impl Maps {
@@ -144,8 +147,10 @@ impl Maps {
             peer_counters: PerCpuArray::try_from(take(2)?).map_err(wrong)?,
             peer_drops: PerCpuHashMap::try_from(take(3)?).map_err(wrong)?,
             indexes: Indexes::default(),
+            digest: 0,
         };
         maps.adopt_indexes()?;
+        maps.digest = digest(&maps.entries()?);
         Ok(maps)
     }
 
@@ -192,12 +197,27 @@ impl Maps {
     /// # Errors
     /// The kernel refuses to read the map.
     pub fn entries(&self) -> Result<BTreeMap<Ipv4Addr, Peer>, Refusal> {
-        let mut entries = BTreeMap::new();
-        for entry in self.peers.iter() {
-            let (key, peer) = entry.map_err(|e| Refusal::from_map("read map PEERS", &e))?;
-            entries.insert(from_wire(key), peer);
+        let entries = batch::entries(self.peers.map()).map_err(|e| Refusal::from_io("read map PEERS", &e))?;
+        Ok(entries.into_iter().map(|(key, peer)| (from_wire(key), peer)).collect())
+    }
+
+    /// Whether somebody else wrote to the map of peers since [`Maps::accept`]. A map that can't be read is not to blame.
+    #[must_use]
+    pub fn is_touched(&self) -> bool {
+        self.entries().is_ok_and(|entries| digest(&entries) != self.digest)
+    }
+
+    /// These entries have been compared with what is wanted: what differs from them next is news.
+    pub fn accept(&mut self, entries: &BTreeMap<Ipv4Addr, Peer>) {
+        let seen = digest(entries);
+        if seen != self.digest {
+            self.digest = seen;
+            // Places of entries that somebody deleted are free again.
+            self.indexes = Indexes::default();
+            for peer in entries.values() {
+                self.indexes.take(peer.index);
+            }
         }
-        Ok(entries)
     }
 
     /// Adds or replaces, in one step. A subnet that has an entry keeps its counts, also when it moved to another node.
@@ -225,7 +245,9 @@ impl Maps {
                 self.indexes.free(index);
             }
             Refusal::from_map(doing(), &e)
-        })
+        })?;
+        self.digest ^= existing.map_or(0, |peer| batch::digest(key, &peer)) ^ batch::digest(key, &peer);
+        Ok(())
     }
 
     /// The lowest free place, with its counts set to zero.
@@ -252,11 +274,12 @@ impl Maps {
     /// The kernel refuses to write the map.
     pub fn remove(&mut self, subnet: Ipv4Addr) -> Result<(), Refusal> {
         let key = to_wire(subnet);
-        let index = self.peers.get(&key, 0).ok().map(|peer| peer.index);
+        let existing = self.peers.get(&key, 0).ok();
         self.delete(key)
             .map_err(|e| Refusal::from_map(format!("remove the map entry of peer {subnet}"), &e))?;
-        if let Some(index) = index {
-            self.indexes.free(index);
+        if let Some(peer) = existing {
+            self.indexes.free(peer.index);
+            self.digest ^= batch::digest(key, &peer);
         }
         Ok(())
     }
@@ -330,6 +353,10 @@ impl Maps {
         }
         Ok(entries.len())
     }
+}
+
+fn digest(entries: &BTreeMap<Ipv4Addr, Peer>) -> u64 {
+    entries.iter().fold(0, |sum, (subnet, peer)| sum ^ batch::digest(to_wire(*subnet), peer))
 }
 
 fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
