@@ -388,6 +388,12 @@ pub struct PeerCount {
     pub subnet: String,
     /// Its address on the underlay.
     pub node: String,
+    /// Largest inner packet the path carries.
+    #[serde(default)]
+    pub path_mtu: Option<u32>,
+    /// How that is known.
+    #[serde(default)]
+    pub path_mtu_reason: Option<String>,
     /// Packets to it.
     pub tx_packets: u64,
     /// Packets from it.

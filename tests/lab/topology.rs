@@ -44,6 +44,9 @@ pub enum Underlay {
     /// Two hosts, each with a veth pair into the switch, where XDP hands every frame from one to the other: what a network
     /// card sees, nothing longer than the MTU, every checksum finished. etcd as above.
     Wire,
+    /// Two hosts in networks of their own (10.99.0.11, 10.99.1.12), and between their routers a link that carries no more
+    /// than so many bytes. etcd is on the first router, which is the switch.
+    Narrow(u32),
 }
 
 /// How pods hang on their host.
@@ -145,7 +148,7 @@ impl Plan {
     fn assemble(self) -> Result<Lab> {
         ensure!((1..=200).contains(&self.hosts), "a lab has 1 to 200 hosts, not {}", self.hosts);
         ensure!(
-            self.underlay == Underlay::Bridge || self.hosts == 2,
+            self.hosts == 2 || self.underlay == Underlay::Bridge,
             "a link joins 2 hosts, not {}",
             self.hosts
         );
@@ -159,14 +162,19 @@ impl Plan {
         switch.ip(&format!("link add br0 mtu {} type bridge", self.mtu))?;
         switch.ip("link set br0 up")?;
         let store = match self.underlay {
-            Underlay::Bridge => underlay,
+            Underlay::Bridge | Underlay::Narrow(_) => underlay,
             Underlay::Direct | Underlay::Wire => store,
         };
         switch.ip(&format!("addr add {store}/24 dev br0"))?;
 
+        let far = match self.underlay {
+            Underlay::Narrow(mtu) => Some(Arc::new(self.far_router(&switch, mtu)?)),
+            _ => None,
+        };
         let mut hosts: Vec<Host> = Vec::new();
         for number in 1..=self.hosts {
-            hosts.push(self.host(number, folder.path(), &switch)?);
+            let side = if number == 2 { far.as_deref().unwrap_or(&switch) } else { &switch };
+            hosts.push(self.host(number, folder.path(), side)?);
         }
         if let [first, second] = hosts.as_slice()
             && self.underlay == Underlay::Direct
@@ -181,9 +189,11 @@ impl Plan {
         for host in &hosts {
             host.netns.ip(&format!("addr add {}/24 dev eth0", host.address))?;
             host.netns.ip("link set eth0 up")?;
-            if self.underlay == Underlay::Bridge {
-                // Names eth0 as the interface to choose by itself. Nothing behind the switch exists.
-                host.netns.ip(&format!("route add default via {underlay} dev eth0"))?;
+            if matches!(self.underlay, Underlay::Bridge | Underlay::Narrow(_)) {
+                // Names eth0 as the interface to choose by itself. Behind the switch is the other router, if anything.
+                let [a, b, c, _] = host.address.octets();
+                let router = Ipv4Addr::new(a, b, c, 1);
+                host.netns.ip(&format!("route add default via {router} dev eth0"))?;
             }
         }
 
@@ -197,7 +207,29 @@ impl Plan {
         for host in &mut hosts {
             host.endpoint = datastore.endpoint();
         }
-        Ok(Lab { hosts, datastore, _wire: wire, switch, folder })
+        Ok(Lab { hosts, datastore, _wire: wire, far, switch, folder })
+    }
+
+    /// The second host's router, and the link of `mtu` bytes to the first's, `narrow` at both ends.
+    fn far_router(&self, switch: &Namespace, mtu: u32) -> Result<Namespace> {
+        let far = self.namespace("far")?;
+        far.ip(&format!("link add br0 mtu {} type bridge", self.mtu))?;
+        far.ip("link set br0 up")?;
+        far.ip("addr add 10.99.1.1/24 dev br0")?;
+        switch.ip(&format!(
+            "link add narrow mtu {mtu} type veth peer name narrow mtu {mtu} netns {}",
+            far.path()
+        ))?;
+        for (router, own, other, behind) in [
+            (switch, "10.97.0.1", "10.97.0.2", "10.99.1.0/24"),
+            (&far, "10.97.0.2", "10.97.0.1", "10.99.0.0/24"),
+        ] {
+            router.ip(&format!("addr add {own}/30 dev narrow"))?;
+            router.ip("link set narrow up")?;
+            router.ip(&format!("route add {behind} via {other}"))?;
+            router.sysctl("net.ipv4.ip_forward", "1")?;
+        }
+        Ok(far)
     }
 
     /// `eth0` of each host, and the switch's redirects between their other ends.
@@ -237,11 +269,12 @@ impl Plan {
             netns.sysctl(&format!("net.ipv4.conf.{device}.rp_filter"), &self.rp_filter.to_string())?;
         }
         let (device, address) = match self.underlay {
-            Underlay::Bridge => ("eth0", None),
+            Underlay::Bridge | Underlay::Narrow(_) => ("eth0", None),
             Underlay::Direct | Underlay::Wire => {
                 ("mgmt0", Some(Ipv4Addr::new(10, 98, 0, number.saturating_add(10))))
             }
         };
+        let network = u8::from(matches!(self.underlay, Underlay::Narrow(_)) && number == 2);
         let mtu = self.mtu;
         netns.ip(&format!(
             "link add {device} mtu {mtu} type veth peer name sw-{name} mtu {mtu} netns {}",
@@ -254,7 +287,7 @@ impl Plan {
         }
         Ok(Host {
             number,
-            address: Ipv4Addr::new(10, 99, 0, number.saturating_add(10)),
+            address: Ipv4Addr::new(10, 99, network, number.saturating_add(10)),
             netns,
             files: AgentFiles { folder, bpffs: mounted.then_some(bpffs) },
             endpoint: String::new(),
@@ -272,6 +305,7 @@ pub struct Lab {
     hosts: Vec<Host>,
     datastore: Datastore,
     _wire: Vec<XdpLink>,
+    far: Option<Arc<Namespace>>,
     switch: Arc<Namespace>,
     folder: TempDir,
 }
@@ -322,6 +356,11 @@ impl Lab {
     /// The namespace between the hosts. Port `sw-h1` is the wire of host 1: what passes there is what a NIC would see.
     pub fn switch(&self) -> &Arc<Namespace> {
         &self.switch
+    }
+
+    /// The routers of a narrow underlay, the first host's first; `narrow` is the link between them.
+    pub fn routers(&self) -> impl Iterator<Item = &Arc<Namespace>> {
+        [&self.switch].into_iter().chain(&self.far)
     }
 
     /// MTU of the underlay, bytes.

@@ -7,6 +7,7 @@
 //! What succeeded is recorded, not what was asked; what failed is tried again with back-off and never holds up the
 //! rest. Nothing is removed before the store's first snapshot: an empty list of peers means nothing until then.
 
+mod paths;
 mod retries;
 mod tenure;
 #[cfg(test)]
@@ -33,9 +34,10 @@ use crate::domain::config::NetworkConfig;
 use crate::domain::host_state::{Change, HostItem, HostState};
 use crate::domain::interface::{ExternalInterface, Selection};
 use crate::domain::lease::{Lease, LeaseEvent, Subnets};
+use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::{Changed, OwnLease, Peers};
 use crate::health::Health;
-use crate::host::Host;
+use crate::host::{Host, News};
 use crate::status::{InterfaceStatus, PeerStatus, Question, RefusedStatus, Status};
 use crate::stores::LeaseStore;
 use crate::subnet_env::SubnetEnv;
@@ -65,6 +67,8 @@ pub struct AgentOptions {
     pub subnet_file: PathBuf,
     /// The lease is renewed this long before it ends.
     pub renew_margin: Duration,
+    /// A path's lowered MTU stands this long before a larger one is tried.
+    pub path_mtu_lifetime: Duration,
 }
 
 /// Why the loop ended.
@@ -90,6 +94,7 @@ pub struct Agent<H> {
     /// What subnet.env says; systemd was told when it was written first.
     published: Option<SubnetEnv>,
     underlay: Underlay,
+    paths: PathMtus,
     /// Nothing of ours was on the host when the agent started.
     found_nothing: bool,
     refused: BTreeSet<String>,
@@ -98,6 +103,7 @@ pub struct Agent<H> {
 impl<H: Host> Agent<H> {
     pub fn new(node: Node, host: H, options: AgentOptions, health: Health) -> Self {
         let peers = no_peers(&node);
+        let paths = PathMtus::new(node.backend.probed_mtu(), options.path_mtu_lifetime);
         let tenure = Tenure::new(node.store.clone(), options.renew_margin);
         health.wait("watch", "the other nodes' leases are not known yet");
         health.wait("host", "the host is not set up yet");
@@ -113,6 +119,7 @@ impl<H: Host> Agent<H> {
             retries: Retries::default(),
             published: None,
             underlay: Underlay::default(),
+            paths,
             found_nothing: false,
             refused: BTreeSet::new(),
         }
@@ -129,6 +136,7 @@ impl<H: Host> Agent<H> {
         let mut events = self.node.store.watch();
         self.look().await;
         self.found_nothing = self.applied.as_ref().is_some_and(HostState::is_empty);
+        self.inherit_paths();
         // Usually a matter of milliseconds, and it spares a pass with half the truth.
         tokio::select! {
             () = stop.cancelled() => return End::Stopped,
@@ -148,10 +156,13 @@ impl<H: Host> Agent<H> {
             tokio::select! {
                 () = stop.cancelled() => return End::Stopped,
                 event = events.next() => if let Some(event) = event { self.fold(event) },
-                () = self.host.disturbed() => {
-                    tracing::debug!("something of ours may have been touched, looking");
-                    self.look().await;
-                }
+                news = self.host.news() => match news {
+                    News::Disturbed => {
+                        tracing::debug!("something of ours may have been touched, looking");
+                        self.look().await;
+                    }
+                    News::Heard(heard) => self.hear_of_paths(&heard).await,
+                },
                 () = sleep_until(next_look) => {
                     self.look().await;
                     next_look = after(jittered(LOOK_AGAIN));
@@ -170,7 +181,7 @@ impl<H: Host> Agent<H> {
                     // An asker that went away is not our trouble.
                     let _ = question.send(self.status());
                 },
-                _ = heartbeat.tick() => {}
+                _ = heartbeat.tick() => self.ask_about_paths().await,
             }
         }
     }
@@ -205,6 +216,9 @@ impl<H: Host> Agent<H> {
         let folded = self.peers.fold(event);
         if folded.peers == Changed::Yes && self.peers.len() != before {
             tracing::info!(peers = self.peers.len(), before, "peers changed");
+        }
+        if folded.peers == Changed::Yes {
+            self.peers_have_paths();
         }
         match folded.own {
             Some(OwnLease::Changed(lease)) if lease.revision >= self.node.lease.revision => {
@@ -258,7 +272,7 @@ impl<H: Host> Agent<H> {
         // look once more and compare again. Two rounds are enough, what is left comes with the next pass.
         for _ in 0..2 {
             let Some(applied) = &self.applied else { return };
-            let wanted = self.node.backend.desired(&self.node.lease, &self.peers);
+            let wanted = self.node.backend.desired(&self.node.lease, &self.peers, &self.paths);
             let mut devices = applied.changes_to(&wanted);
             self.retries.forget_all_but(&devices);
             let others =
@@ -360,7 +374,11 @@ impl<H: Host> Agent<H> {
             return;
         }
         let Some(applied) = &self.applied else { return };
-        let own_part = self.node.backend.desired(&self.node.lease, &no_peers(&self.node));
+        let own_part = self.node.backend.desired(
+            &self.node.lease,
+            &no_peers(&self.node),
+            &PathMtus::new(None, self.options.path_mtu_lifetime),
+        );
         if !own_part.iter().all(|item| applied.contains(item)) {
             return;
         }
@@ -437,7 +455,7 @@ impl<H: Host> Agent<H> {
                         .map(|entry| RefusedStatus { key: entry.key.clone(), reason: entry.reason.clone() }),
                 )
                 .collect(),
-            tunnels: self.host.reports(),
+            tunnels: self.tunnels(),
         }
     }
 }

@@ -86,6 +86,7 @@ impl Running {
         let options = AgentOptions {
             subnet_file: files.path().join("subnet.env"),
             renew_margin: Duration::from_secs(3600),
+            path_mtu_lifetime: Duration::from_secs(600),
         };
         let health = Health::default();
         let stop = CancellationToken::new();
@@ -421,5 +422,47 @@ async fn what_failed_while_the_interface_was_gone_is_tried_at_once_when_it_is_ba
     running.host.rewire(|facts| *facts = uplink(1500, &["192.0.2.1"]));
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(running.health.reasons().is_empty(), "{:?}", running.health.reasons());
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_narrow_path_gets_a_route_of_its_own_and_loses_it_when_it_is_wide_again() {
+    let running = Running::start("udp", FakeHost::new()).await;
+    running.ready().await;
+    running.host.narrow("192.0.2.9".parse().unwrap(), 1400);
+    running.peer("10.1.9.0-24", "192.0.2.9", "");
+    running.peer("10.1.10.0-24", "192.0.2.10", "");
+    let route = "route 10.1.9.0/24 dev flannel0 mtu 1372";
+    running.until("the route", |r| r.shown().contains(route)).await;
+    assert!(!running.shown().contains("route 10.1.10.0"), "{}", running.shown());
+    running.host.narrow("192.0.2.9".parse().unwrap(), 1500);
+    for _ in 0..100 {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        if !running.shown().contains(route) {
+            break;
+        }
+    }
+    assert!(!running.shown().contains("mtu 1372"), "{}", running.shown());
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_narrow_path_is_inherited_from_a_former_run() {
+    let route = HostItem::Route(crate::domain::host_state::Route {
+        destination: "10.1.9.0/24".parse().unwrap(),
+        via: None,
+        device: "flannel0".to_owned(),
+        onlink: false,
+        source: None,
+        mtu: Some(1372),
+    });
+    let host = FakeHost::with([route.clone()].into_iter().collect());
+    host.narrow("192.0.2.9".parse().unwrap(), 1400);
+    let running = Running::start("udp", host).await;
+    running.peer("10.1.9.0-24", "192.0.2.9", "");
+    running.ready().await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(running.host.state().contains(&route));
+    assert!(!running.host.log().iter().any(|line| line.contains("remove route")), "{:?}", running.host.log());
     assert_eq!(running.end().await, End::Stopped);
 }

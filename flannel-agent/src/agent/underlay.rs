@@ -90,6 +90,7 @@ impl<H: Host> Agent<H> {
         let renumbered = !attrs.names_the_node_of(&self.node.backend.lease_attrs());
         self.node.context = context;
         self.node.backend = backend;
+        self.paths.resize(self.node.backend.probed_mtu());
         self.retries.hurry(now());
         if renumbered {
             tracing::info!("this node is renumbered to {}; its lease is written again", attrs.public_ip);

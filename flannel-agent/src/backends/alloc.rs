@@ -4,6 +4,7 @@ use super::{Backend, published};
 use crate::domain::host_state::HostState;
 use crate::domain::interface::ExternalInterface;
 use crate::domain::lease::{Lease, LeaseAttrs};
+use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::Peers;
 
 pub(super) struct Alloc {
@@ -29,7 +30,7 @@ impl Backend for Alloc {
         format!("MTU of {}", self.interface.name)
     }
 
-    fn desired(&self, _own: &Lease, _peers: &Peers) -> HostState {
+    fn desired(&self, _own: &Lease, _peers: &Peers, _paths: &PathMtus) -> HostState {
         HostState::new()
     }
 

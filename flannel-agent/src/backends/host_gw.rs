@@ -10,6 +10,7 @@ use super::{Backend, BackendError, published};
 use crate::domain::host_state::{HostItem, HostState, Route};
 use crate::domain::interface::ExternalInterface;
 use crate::domain::lease::{Lease, LeaseAttrs};
+use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::Peers;
 
 /// `BackendType` of leases; others' leases are not for us.
@@ -62,7 +63,7 @@ impl Backend for HostGw {
         format!("MTU of {}", self.interface.name)
     }
 
-    fn desired(&self, _own: &Lease, peers: &Peers) -> HostState {
+    fn desired(&self, _own: &Lease, peers: &Peers, _paths: &PathMtus) -> HostState {
         peers
             .iter()
             .filter(|peer| peer.attrs.backend_type == TYPE)

@@ -13,6 +13,7 @@ use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::host_state::{HostState, TunnelOptions};
 use crate::domain::interface::ExternalInterface;
 use crate::domain::lease::{Lease, LeaseAttrs};
+use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::Peers;
 
 /// One way to make other nodes' subnets reachable.
@@ -26,8 +27,13 @@ pub trait Backend: Send + Sync {
     /// Where [`Self::mtu`] comes from, for people.
     fn mtu_reason(&self) -> String;
 
-    /// Everything of ours that should be on the host.
-    fn desired(&self, own: &Lease, peers: &Peers) -> HostState;
+    /// The MTU above which a path to a peer is not worth asking about; `None` when none is to be asked about.
+    fn probed_mtu(&self) -> Option<u32> {
+        None
+    }
+
+    /// Everything of ours that should be on the host. `paths` is what is known of the ways to the peers.
+    fn desired(&self, own: &Lease, peers: &Peers, paths: &PathMtus) -> HostState;
 
     /// Devices the backend creates; what hangs on them is ours.
     fn devices(&self) -> Vec<String>;

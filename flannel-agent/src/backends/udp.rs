@@ -1,7 +1,7 @@
 //! The `udp` backend: every inner IPv4 packet bare in a UDP datagram (contract §8.1).
 //!
 //! Says only what should be there: a TUN device with the subnet's base address, a route for the whole network to
-//! it, the tunnel, and one peer per lease. Which tier carries the packets is the host's part.
+//! it, the tunnel, one peer per lease, and a route of its own to a peer whose path carries less than the tunnel. Which tier carries the packets is the host's part.
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -9,6 +9,7 @@ use super::{Backend, BackendContext, BackendError, published};
 use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::host_state::{Address, HostItem, HostState, Link, LinkKind, Route, Tunnel, TunnelPeer};
 use crate::domain::lease::{Lease, LeaseAttrs};
+use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::Peers;
 
 /// Outer IPv4 and UDP header.
@@ -104,7 +105,12 @@ impl Backend for Udp {
         }
     }
 
-    fn desired(&self, own: &Lease, peers: &Peers) -> HostState {
+    /// Who fixes the MTU has measured the paths.
+    fn probed_mtu(&self) -> Option<u32> {
+        self.fixed.is_none().then_some(self.mtu)
+    }
+
+    fn desired(&self, own: &Lease, peers: &Peers, paths: &PathMtus) -> HostState {
         let Some(own_subnet) = own.subnets.v4 else { return HostState::new() };
         let device = &self.context.tunnel_device;
         let fixed = [
@@ -141,7 +147,18 @@ impl Backend for Udp {
                 node: peer.attrs.public_ip,
             }))
         });
-        fixed.into_iter().chain(peers).collect()
+        // The kernel tells whoever sends more (RFC 1191), for this peer alone.
+        let narrow = paths.lowered().map(|(subnet, mtu)| {
+            HostItem::Route(Route {
+                destination: subnet.into(),
+                via: None,
+                device: device.clone(),
+                onlink: false,
+                source: None,
+                mtu: Some(mtu),
+            })
+        });
+        fixed.into_iter().chain(peers).chain(narrow).collect()
     }
 
     fn devices(&self) -> Vec<String> {

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -21,7 +22,7 @@ use crate::domain::lease::Lease;
 use crate::health::{self, Health};
 use crate::host::linux::{LinuxHost, LinuxHostOptions, Scope};
 use crate::host::netlink::Netlink;
-use crate::host::{HostError, interfaces};
+use crate::host::{HostError, interfaces, sysctl};
 use crate::startup;
 use crate::status::StatusSocket;
 use crate::stores::etcd::{EtcdOptions, EtcdOptionsError, EtcdStore};
@@ -105,8 +106,11 @@ async fn start_and_run(settings: Settings, stop: CancellationToken) -> Result<En
         prepared = prepare(&settings, &health) => prepared?,
     };
     let (node, host) = prepared;
-    let options =
-        AgentOptions { subnet_file: settings.subnet_file.clone(), renew_margin: settings.renew_margin };
+    let options = AgentOptions {
+        subnet_file: settings.subnet_file.clone(),
+        renew_margin: settings.renew_margin,
+        path_mtu_lifetime: path_mtu_lifetime(),
+    };
     let (ask, questions) = mpsc::channel(QUESTIONS);
     let serving = status.map(|socket| tokio::spawn(socket.serve(ask)));
     let end = Agent::new(node, host, options, health).run(stop, questions).await;
@@ -168,6 +172,14 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     let scope = Scope { devices: backend.devices(), networks: networks(&config) };
     let host = LinuxHost::new(scope, LinuxHostOptions { bpffs: settings.bpffs.clone() })?;
     Ok((Node { config, selection, context, backend, store, lease }, host))
+}
+
+/// How long the kernel believes in a learned path MTU (ip-sysctl, `route/mtu_expires`) is how long we do. Ten minutes
+/// (RFC 1191 §6.3, RFC 8899 §5.1.1) where it does not say, and no less than it takes to search a path.
+fn path_mtu_lifetime() -> Duration {
+    const LEAST: Duration = Duration::from_secs(5);
+    let kernels = sysctl::read("net/ipv4/route/mtu_expires").ok().and_then(|text| text.trim().parse().ok());
+    Duration::from_secs(kernels.unwrap_or(600)).max(LEAST)
 }
 
 fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {

@@ -8,5 +8,6 @@ pub mod config;
 pub mod host_state;
 pub mod interface;
 pub mod lease;
+pub mod path_mtu;
 pub mod peers;
 pub mod wording;

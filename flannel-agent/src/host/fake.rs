@@ -7,14 +7,17 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use ipnet::Ipv4Net;
 use tokio::sync::Notify;
 
-use super::{Host, HostError};
+use super::{Host, HostError, News};
 use crate::domain::host_state::{Change, HostItem, HostState, Key};
 use crate::domain::interface::{HostFacts, Selector};
+use crate::domain::path_mtu::{Heard, Probe};
 
 /// A handle on a made-up host; see the module.
 #[derive(Clone, Default)]
@@ -31,6 +34,12 @@ struct Inner {
     unobservable: Option<String>,
     calls: Calls,
     log: Vec<String>,
+    /// MTU of the narrowest link to a node.
+    links: HashMap<Ipv4Addr, u32>,
+    heard: Vec<Heard>,
+    /// Someone did damage that was not told yet.
+    touched: bool,
+    packets: u64,
 }
 
 /// How often the host was asked for what.
@@ -92,19 +101,26 @@ impl FakeHost {
         self.lock().unobservable = None;
     }
 
-    /// The host's interfaces are others now; wakes `disturbed`.
+    /// The way to `node` carries no more than `mtu` bytes. Every peer has traffic, and all others answer any probe.
+    pub fn narrow(&self, node: Ipv4Addr, mtu: u32) {
+        self.lock().links.insert(node, mtu);
+    }
+
+    /// The host's interfaces are others now; wakes `news`.
     pub fn rewire(&self, change: impl FnOnce(&mut HostFacts)) {
         change(&mut self.lock().facts);
+        self.lock().touched = true;
         self.disturbed.notify_one();
     }
 
-    /// Someone else changes what is ours; wakes `disturbed`.
+    /// Someone else changes what is ours; wakes `news`.
     pub fn disturb(&self, damage: impl FnOnce(&mut HostState)) {
         damage(&mut self.lock().state);
+        self.lock().touched = true;
         self.disturbed.notify_one();
     }
 
-    /// Someone else removes an item, and with it what hangs on it; wakes `disturbed`.
+    /// Someone else removes an item, and with it what hangs on it; wakes `news`.
     pub fn lose(&self, key: &Key) {
         self.disturb(|state| remove(state, key));
     }
@@ -173,8 +189,40 @@ impl Host for FakeHost {
         Ok(self.lock().facts.clone())
     }
 
-    async fn disturbed(&mut self) {
-        self.disturbed.notified().await;
+    async fn news(&mut self) -> News {
+        loop {
+            {
+                let mut inner = self.lock();
+                if std::mem::take(&mut inner.touched) {
+                    return News::Disturbed;
+                }
+                if !inner.heard.is_empty() {
+                    return News::Heard(std::mem::take(&mut inner.heard));
+                }
+            }
+            self.disturbed.notified().await;
+        }
+    }
+
+    async fn probe(&mut self, probes: &[Probe]) -> Result<(), HostError> {
+        let mut inner = self.lock();
+        for probe in probes {
+            let heard = match inner.links.get(&probe.node).copied() {
+                Some(mtu) if probe.size + 28 > mtu => {
+                    Heard::TooBig { node: probe.node, mtu: Some(mtu), by: None }
+                }
+                _ => Heard::Answer { number: probe.number, from: probe.subnet.network() },
+            };
+            inner.heard.push(heard);
+        }
+        self.disturbed.notify_one();
+        Ok(())
+    }
+
+    async fn sent(&mut self, subnets: &[Ipv4Net]) -> Vec<u64> {
+        let mut inner = self.lock();
+        inner.packets += 1000;
+        vec![inner.packets; subnets.len()]
     }
 }
 
@@ -245,7 +293,7 @@ mod tests {
         let mut host = FakeHost::with(items().into_iter().collect());
         host.clone().lose(&Key::Link("flannel0".into()));
         // The damage was done before anybody waited, and is still told.
-        host.disturbed().await;
+        assert_eq!(host.news().await, News::Disturbed);
         assert_eq!(host.to_string(), "route 10.5.9.0/24 dev eth0\n");
     }
 }

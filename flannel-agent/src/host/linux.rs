@@ -19,15 +19,16 @@ use std::mem::discriminant;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::netlink::{AddressEntry, Events, LinkInfo, Netlink, ROUTE_PROTOCOL, RouteEntry};
 use super::udp::{TunnelReport, Tunnels, userspace};
-use super::{Host, HostError, interfaces, sysctl};
+use super::{Host, HostError, News, interfaces, sysctl};
 use crate::domain::host_state::{
     Address, Change, HostItem, HostState, Link, LinkKind, Route, Sysctl, Tunnel, TunnelPeer,
 };
 use crate::domain::interface::{HostFacts, Selector};
+use crate::domain::path_mtu::Probe;
 
 /// What the agent may take for its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -261,11 +262,19 @@ impl Host for LinuxHost {
         interfaces::facts(&self.netlink, selectors).await
     }
 
-    async fn disturbed(&mut self) {
+    async fn news(&mut self) -> News {
         tokio::select! {
-            () = self.events.changed() => {}
-            () = self.tunnels.disturbed() => {}
+            () = self.events.changed() => News::Disturbed,
+            news = self.tunnels.news() => news,
         }
+    }
+
+    async fn probe(&mut self, probes: &[Probe]) -> Result<(), HostError> {
+        self.tunnels.probe(probes)
+    }
+
+    async fn sent(&mut self, subnets: &[Ipv4Net]) -> Vec<u64> {
+        self.tunnels.sent(subnets)
     }
 }
 

@@ -14,10 +14,21 @@ pub mod sysctl;
 pub mod udp;
 
 use async_trait::async_trait;
+use ipnet::Ipv4Net;
 
 use self::udp::TunnelReport;
 use crate::domain::host_state::{Change, HostState};
 use crate::domain::interface::{HostFacts, Selector};
+use crate::domain::path_mtu::{Heard, Probe};
+
+/// Why [`Host::news`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// What is ours may not be as it was: look.
+    Disturbed,
+    /// What came of probes.
+    Heard(Vec<Heard>),
+}
 
 /// A host whose state can be read and changed.
 #[async_trait]
@@ -32,8 +43,17 @@ pub trait Host: Send {
     /// What the choice of an interface depends on, as it is now.
     async fn facts(&mut self, selectors: &[Selector]) -> Result<HostFacts, HostError>;
 
-    /// Returns when someone may have touched what is ours. Cancel-safe.
-    async fn disturbed(&mut self);
+    /// Returns when someone may have touched what is ours, or something came of a probe. Cancel-safe.
+    async fn news(&mut self) -> News;
+
+    /// Sends probes of path MTUs. What comes of them is told by [`Host::news`], if anything.
+    ///
+    /// # Errors
+    /// Nothing can be sent at all.
+    async fn probe(&mut self, probes: &[Probe]) -> Result<(), HostError>;
+
+    /// Packets sent to each of these peers through a tunnel so far.
+    async fn sent(&mut self, subnets: &[Ipv4Net]) -> Vec<u64>;
 
     /// What each tunnel does and has counted; nothing where there are none.
     fn reports(&self) -> Vec<TunnelReport> {

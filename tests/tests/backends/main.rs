@@ -4,6 +4,7 @@
 //! brings in.
 
 mod configuration;
+mod narrow;
 mod offloads;
 mod others;
 mod paths;
@@ -21,6 +22,7 @@ const TIERS: [&str; 3] = ["xdp", "tc", "tun"];
 fn main() -> ExitCode {
     let mut trials = tiers::trials();
     trials.extend(paths::trials());
+    trials.extend(narrow::trials());
     trials.extend(services::trials());
     trials.extend(offloads::trials());
     trials.extend(others::trials());

@@ -111,7 +111,7 @@ pub(crate) async fn ipv6() -> Outcome {
     assert!(routes.contains("fd00:5:9::/64 via fd00:9::2 dev under0 proto 85"), "{routes}");
     quiet(&mut host).await;
     ip("-6 route del fd00:5:9::/64");
-    assert!(tokio::time::timeout(Duration::from_secs(1), host.disturbed()).await.is_ok());
+    assert!(tokio::time::timeout(Duration::from_secs(1), host.news()).await.is_ok());
     let found = host.observe().await?;
     assert_eq!(found.len(), 3);
     go(&mut host, &found, &wanted).await;
@@ -261,7 +261,7 @@ pub(crate) async fn tunnel() -> Outcome {
 
     quiet(&mut host).await;
     ip("link del flannel0");
-    assert!(tokio::time::timeout(Duration::from_secs(1), host.disturbed()).await.is_ok());
+    assert!(tokio::time::timeout(Duration::from_secs(1), host.news()).await.is_ok());
     let found = host.observe().await?;
     assert!(!found.contains(&tun()));
     go(&mut host, &found, &without).await;

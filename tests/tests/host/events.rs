@@ -41,7 +41,7 @@ pub(crate) async fn damage() -> Outcome {
         quiet(&mut host).await;
         let start = Instant::now();
         ip(command);
-        let woken = tokio::time::timeout(Duration::from_secs(1), host.disturbed()).await;
+        let woken = tokio::time::timeout(Duration::from_secs(1), host.news()).await;
         assert!(woken.is_ok(), "nobody noticed `ip {command}`");
         let found = host.observe().await?;
         println!("ip {command}: noticed after {} ms", start.elapsed().as_millis());
@@ -63,10 +63,10 @@ pub(crate) async fn own_echo() -> Outcome {
     quiet(&mut host).await;
     let wanted = state((0..100).map(|n| route(&format!("10.5.{n}.0/24"), "10.9.0.2")));
     go(&mut host, &HostState::new(), &wanted).await;
-    let woken = tokio::time::timeout(Duration::from_millis(500), host.disturbed()).await;
+    let woken = tokio::time::timeout(Duration::from_millis(500), host.news()).await;
     assert!(woken.is_err(), "woken by our own routes");
     ip("route del 10.5.50.0/24");
-    let woken = tokio::time::timeout(Duration::from_secs(1), host.disturbed()).await;
+    let woken = tokio::time::timeout(Duration::from_secs(1), host.news()).await;
     assert!(woken.is_ok(), "not woken by another's deletion");
     Ok(())
 }
@@ -92,14 +92,14 @@ pub(crate) async fn overrun() -> Outcome {
         .sum();
     assert!(drops > 0, "the kernel lost nothing: the test must change more");
     println!("{drops} events lost");
-    let woken = tokio::time::timeout(Duration::from_secs(1), host.disturbed()).await;
+    let woken = tokio::time::timeout(Duration::from_secs(1), host.news()).await;
     assert!(woken.is_ok(), "lost events went unnoticed");
     assert_eq!(host.observe().await?.len(), 12_000);
-    let again = tokio::time::timeout(Duration::from_millis(1000), host.disturbed()).await;
+    let again = tokio::time::timeout(Duration::from_millis(1000), host.news()).await;
     assert!(again.is_err(), "woken again by what was reported");
     // And the subscription is still alive.
     ip("route del 10.5.0.7/32");
-    assert!(tokio::time::timeout(Duration::from_secs(1), host.disturbed()).await.is_ok());
+    assert!(tokio::time::timeout(Duration::from_secs(1), host.news()).await.is_ok());
     Ok(())
 }
 
@@ -112,9 +112,9 @@ pub(crate) async fn burst() -> Outcome {
     }
     // Waits that are given up, as those of a select that another arm wins.
     for _ in 0..10 {
-        let _ = tokio::time::timeout(Duration::from_millis(2), host.disturbed()).await;
+        let _ = tokio::time::timeout(Duration::from_millis(2), host.news()).await;
     }
-    assert!(tokio::time::timeout(Duration::from_millis(500), host.disturbed()).await.is_ok(), "forgotten");
-    assert!(tokio::time::timeout(Duration::from_millis(700), host.disturbed()).await.is_err(), "woken twice");
+    assert!(tokio::time::timeout(Duration::from_millis(500), host.news()).await.is_ok(), "forgotten");
+    assert!(tokio::time::timeout(Duration::from_millis(700), host.news()).await.is_err(), "woken twice");
     Ok(())
 }

@@ -143,7 +143,7 @@ async fn go(host: &mut LinuxHost, from: &HostState, to: &HostState) {
 /// Returns once nothing has happened for a while: a new device makes news for some time (carrier, IPv6).
 async fn quiet(host: &mut LinuxHost) {
     for _ in 0..20 {
-        if tokio::time::timeout(Duration::from_millis(1500), host.disturbed()).await.is_err() {
+        if tokio::time::timeout(Duration::from_millis(1500), host.news()).await.is_err() {
             return;
         }
     }

@@ -234,7 +234,7 @@ impl Node {
     pub(crate) fn disturbed_within(&self, limit: Duration) -> Result<Duration> {
         let start = Instant::now();
         self.run(move |inside| {
-            inside.with(async |tunnels| tokio::time::timeout(limit, tunnels.disturbed()).await)
+            inside.with(async |tunnels| tokio::time::timeout(limit, tunnels.news()).await)
         })?
         .map_err(|_| anyhow!("nothing was reported within {limit:?}"))?;
         Ok(start.elapsed())

@@ -15,6 +15,7 @@
 //! | [`maps`] | peers in, counts out |
 //! | [`gro_pair`], [`underlay`], [`ethtool`] | the devices around it |
 //! | `place` | keeping it among the programs of others |
+//! | `prober` | how large a packet a path carries |
 //! | [`proof`] | whether XDP's marks arrive |
 //! | [`remains`] | what is left of tunnels, for `cleanup` |
 //! | [`userspace`] | the tunnel without BPF |
@@ -22,6 +23,7 @@
 //! Links and maps are pinned: packets flow on when the agent ends, however it ends, and [`Tunnels::put`] of the next
 //! agent takes them over. [`Tunnels::remove`] is the only thing that takes a tunnel away.
 
+mod checksum;
 mod errno;
 pub mod ethtool;
 pub mod gro_pair;
@@ -29,6 +31,7 @@ pub mod ladder;
 pub mod maps;
 pub mod object;
 mod place;
+mod prober;
 pub mod programs;
 pub mod proof;
 pub mod remains;
@@ -42,6 +45,8 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures_util::future::select_all;
+use ipnet::Ipv4Net;
 use tokio::time::Instant;
 
 pub use errno::Refusal;
@@ -49,9 +54,10 @@ pub use ladder::Tier;
 pub use report::{PeerReport, Tally, TunnelReport};
 use running::Running;
 
-use super::HostError;
 use super::netlink::{Netlink, NextHop};
+use super::{HostError, News};
 use crate::domain::host_state::{HostItem, Tunnel, TunnelPeer};
+use crate::domain::path_mtu::Probe;
 
 /// How often links and threads are looked at: what breaks without a netlink event is noticed within half a second, for
 /// about twenty system calls.
@@ -163,21 +169,51 @@ impl Tunnels {
     }
 
     /// Returns when something netlink does not tell of needs another look: a link or pin vanished, the user-space path
-    /// ended, XDP's marks did not arrive, or a predecessor's peers were taken over. Says each thing once. Cancel-safe;
-    /// without tunnels it never returns.
-    pub async fn disturbed(&mut self) {
+    /// ended, XDP's marks did not arrive, or a predecessor's peers were taken over. Says each thing once. Returns with
+    /// what came of probes, too. Cancel-safe; without tunnels it never returns.
+    pub async fn news(&mut self) -> News {
         loop {
             if self.tunnels.is_empty() {
                 std::future::pending::<()>().await;
             }
-            tokio::time::sleep_until(self.next_look).await;
+            let heard = select_all(self.tunnels.values_mut().map(|running| Box::pin(running.heard())));
+            tokio::select! {
+                (heard, ..) = heard => return News::Heard(heard),
+                () = tokio::time::sleep_until(self.next_look) => {}
+            }
             self.next_look = Instant::now() + LOOK_EVERY;
             // All of them: a look also carries proofs forward.
             let news: Vec<bool> = self.tunnels.values_mut().map(Running::has_news).collect();
             if news.contains(&true) {
-                return;
+                return News::Disturbed;
             }
         }
+    }
+
+    /// Sends probes of path MTUs; what comes of them is told by [`Self::news`].
+    ///
+    /// # Errors
+    /// No socket to be had.
+    pub fn probe(&mut self, probes: &[Probe]) -> Result<(), HostError> {
+        for probe in probes {
+            let of = |running: &&mut Running| running.has_peer(probe.subnet);
+            if let Some(running) = self.tunnels.values_mut().find(of) {
+                running.probe(probe)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Packets sent to each of these peers so far; 0 for one that is not there.
+    #[must_use]
+    pub fn sent(&self, subnets: &[Ipv4Net]) -> Vec<u64> {
+        let mut sent = vec![0; subnets.len()];
+        for running in self.tunnels.values() {
+            for (total, packets) in sent.iter_mut().zip(running.sent(subnets)) {
+                *total += packets.unwrap_or(0);
+            }
+        }
+        sent
     }
 
     /// Tier, reason and counts of every tunnel.

@@ -34,6 +34,10 @@ pub struct Tally {
 pub struct PeerReport {
     pub subnet: Ipv4Net,
     pub node: Ipv4Addr,
+    /// Largest inner packet the path to it carries, bytes. `None` while the tunnel's MTU is fixed.
+    pub path_mtu: Option<u32>,
+    /// How that is known, for people.
+    pub path_mtu_reason: Option<String>,
     pub tx_packets: u64,
     pub tx_bytes: u64,
     pub rx_packets: u64,

@@ -12,10 +12,12 @@ use ipnet::Ipv4Net;
 use super::errno::Refusal;
 use super::ladder::{self, Ground, KernelPath, Rung, Tier};
 use super::maps::{Towards, from_wire};
+use super::prober::Prober;
 use super::programs::PinFolder;
 use super::report::{PeerReport, Tally, TunnelReport};
 use super::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig, monotonic_now};
 use crate::domain::host_state::{Datapath, HostItem, Tunnel, TunnelPeer};
+use crate::domain::path_mtu::{Heard, Probe};
 use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink, NextHop};
 
@@ -25,6 +27,8 @@ pub(super) struct Running {
     rung: Option<Rung>,
     kernel: Option<KernelPath>,
     user: Option<UserPath>,
+    /// Made with the first probe.
+    prober: Option<Prober>,
     peers: BTreeMap<Ipv4Net, Ipv4Addr>,
     /// What was wrong at the last look: said once, not at every look.
     complaint: Option<String>,
@@ -46,6 +50,7 @@ impl Running {
             rung: None,
             kernel: None,
             user: None,
+            prober: None,
             peers: BTreeMap::new(),
             complaint: None,
             adopted: false,
@@ -322,6 +327,46 @@ impl Running {
         news | touched | std::mem::take(&mut self.adopted)
     }
 
+    pub(super) fn has_peer(&self, subnet: Ipv4Net) -> bool {
+        self.peers.contains_key(&subnet)
+    }
+
+    /// Sends a probe of a path's MTU.
+    ///
+    /// # Errors
+    /// No socket to be had.
+    pub(super) fn probe(&mut self, probe: &Probe) -> Result<(), HostError> {
+        let prober = match self.prober.take().filter(|prober| prober.serves(&self.tunnel)) {
+            Some(prober) => prober,
+            None => Prober::start(&self.tunnel)?,
+        };
+        self.prober.insert(prober).send(probe);
+        Ok(())
+    }
+
+    /// Returns with what came of probes. Cancel-safe.
+    pub(super) async fn heard(&mut self) -> Vec<Heard> {
+        match &mut self.prober {
+            Some(prober) => prober.heard().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Packets sent to each of these peers so far; `None` for one that is not there.
+    pub(super) fn sent(&self, subnets: &[Ipv4Net]) -> Vec<Option<u64>> {
+        let user = self.user.as_ref().map(|user| user.path.counters().peers).unwrap_or_default();
+        subnets
+            .iter()
+            .map(|subnet| {
+                self.peers.get(subnet)?;
+                let in_kernel =
+                    self.kernel.as_ref().and_then(|kernel| kernel.maps.count_of(subnet.network()));
+                let in_user = user.get(subnet).map_or(0, |count| count.traffic.tx_packets);
+                Some(in_kernel.unwrap_or_default().tx_packets.wrapping_add(in_user))
+            })
+            .collect()
+    }
+
     pub(super) fn report(&self) -> Option<TunnelReport> {
         let rung = self.rung.as_ref()?;
         let user = self.user.as_ref().map(|user| user.path.counters());
@@ -358,6 +403,8 @@ impl Running {
                 PeerReport {
                     subnet: *subnet,
                     node: *node,
+                    path_mtu: None,
+                    path_mtu_reason: None,
                     tx_packets: count.tx_packets,
                     tx_bytes: count.tx_bytes,
                     rx_packets: count.rx_packets,

@@ -309,6 +309,12 @@ impl Maps {
         )
     }
 
+    /// What the peer with this subnet has sent and received; `None` when there is none.
+    #[must_use]
+    pub fn count_of(&self, subnet: Ipv4Addr) -> Option<PeerCount> {
+        self.peers.get(&to_wire(subnet), 0).ok().map(|peer| self.peer_count(peer.index))
+    }
+
     /// Sum over all CPUs for the peer with this index; zero when it can't be read.
     #[must_use]
     pub fn peer_count(&self, index: u32) -> PeerCount {

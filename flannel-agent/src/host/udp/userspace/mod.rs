@@ -26,7 +26,6 @@
 //! Over a virtual underlay, packets of kernel senders arrive with unfinished checksums and uncut; `unfinished.rs` says
 //! why and what is done about it.
 
-mod checksum;
 mod device;
 mod inbound;
 mod merge;
@@ -74,6 +73,7 @@ pub(in crate::host::udp) use peers::monotonic_now;
 use socket::Socket;
 use tally::Tally;
 
+use super::checksum;
 use crate::{domain::host_state::SourceCheck, host::HostError};
 
 /// One tunnel.
