@@ -1,5 +1,5 @@
-//! bpf(2) without a library: two XDP programs of a few instructions, one hands every frame to another device, one does
-//! nothing; and what can be read from outside of programs and maps that an agent pinned.
+//! bpf(2) without a library: programs of a few instructions that hand every frame to another device or do nothing, for XDP
+//! and for tc; and what can be read from outside of programs and maps that an agent pinned.
 //!
 //! A veth pair whose far end redirects is what a wire is to a node: frames become XDP frames, so the receiver gets fresh
 //! packets without anything the sender's stack knew of them (no segmentation state, no unfinished checksums), each at
@@ -25,6 +25,14 @@ const LINK_CREATE: libc::c_long = 28;
 const ENABLE_STATS: libc::c_long = 32;
 /// `BPF_PROG_TYPE_XDP`
 const TYPE_XDP: u32 = 6;
+/// `BPF_PROG_TYPE_SCHED_CLS`
+const TYPE_CLASSIFIER: u32 = 3;
+/// `BPF_TCX_INGRESS` of `enum bpf_attach_type`
+const ATTACH_TCX_INGRESS: u32 = 46;
+/// `BPF_F_BEFORE`: without naming another program, before all of them.
+const BEFORE: u32 = 1 << 3;
+/// `TCX_NEXT`
+const NEXT: i32 = -1;
 /// `BPF_XDP` of `enum bpf_attach_type`
 const ATTACH_XDP: u32 = 37;
 /// `XDP_FLAGS_DRV_MODE`, linux/if_link.h: the driver's own hook or nothing.
@@ -34,10 +42,18 @@ const PASS: i32 = 2;
 /// `bpf_redirect()` of `enum bpf_func_id`
 const HELPER_REDIRECT: i32 = 23;
 
-/// An attached XDP program; detached when dropped.
+/// An attached program; detached when dropped.
 #[derive(Debug)]
 pub struct XdpLink {
     _link: OwnedFd,
+}
+
+/// As [`XdpLink`], at a tc hook.
+#[derive(Debug)]
+pub struct TcxLink {
+    _link: OwnedFd,
+    /// The kernel's number of the program.
+    pub program: u32,
 }
 
 /// Every frame that arrives on `device` leaves by `to`, in the driver.
@@ -63,6 +79,26 @@ pub fn pass(namespace: &Namespace, device: &str) -> Result<XdpLink> {
     attach(namespace, device, &[instruction(0xb7, 0, PASS), instruction(0x95, 0, 0)])
 }
 
+/// A classifier before all others on tc ingress of `device`, which hands every packet on to the next (Linux 6.6).
+///
+/// # Errors
+/// As [`redirect`].
+pub fn classifier_in_front(namespace: &Namespace, device: &str) -> Result<TcxLink> {
+    let ifindex = namespace.ifindex(device)?;
+    let program = load(TYPE_CLASSIFIER, &[instruction(0xb7, 0, NEXT), instruction(0x95, 0, 0)])
+        .context("load a classifier")?;
+    let id = u32::try_from(fdinfo(&program, "prog_id")?).context("prog_id")?;
+    let link = namespace.run(|| {
+        let attributes = Attributes::default()
+            .u32(descriptor(program.as_raw_fd()))
+            .u32(ifindex)
+            .u32(ATTACH_TCX_INGRESS)
+            .u32(BEFORE);
+        bpf_fd(LINK_CREATE, attributes).with_context(|| format!("attach a classifier to {device}"))
+    })?;
+    Ok(TcxLink { _link: link, program: id })
+}
+
 /// `struct bpf_insn` without source register and offset: opcode, destination register, immediate.
 fn instruction(opcode: u8, register: u8, immediate: i32) -> [u8; 8] {
     let [a, b, c, d] = immediate.to_ne_bytes();
@@ -71,7 +107,7 @@ fn instruction(opcode: u8, register: u8, immediate: i32) -> [u8; 8] {
 
 fn attach(namespace: &Namespace, device: &str, code: &[[u8; 8]]) -> Result<XdpLink> {
     let ifindex = namespace.ifindex(device)?;
-    let program = load(code).context("load an XDP program")?;
+    let program = load(TYPE_XDP, code).context("load an XDP program")?;
     // struct link_create of union bpf_attr: prog_fd, target_ifindex, attach_type, flags
     let link = namespace.run(|| {
         let attributes = Attributes::default()
@@ -84,11 +120,11 @@ fn attach(namespace: &Namespace, device: &str, code: &[[u8; 8]]) -> Result<XdpLi
     Ok(XdpLink { _link: link })
 }
 
-fn load(code: &[[u8; 8]]) -> Result<OwnedFd> {
+fn load(kind: u32, code: &[[u8; 8]]) -> Result<OwnedFd> {
     let license = c"GPL";
     // prog_type, insn_cnt, insns, license
     let attributes = Attributes::default()
-        .u32(TYPE_XDP)
+        .u32(kind)
         .u32(u32::try_from(code.len()).context("instructions")?)
         .u64(code.as_ptr() as u64)
         .u64(license.as_ptr() as u64);

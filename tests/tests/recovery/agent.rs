@@ -1,8 +1,9 @@
 //! The agent is killed, stopped and started again with traffic flowing.
 
-use std::{fs, thread::sleep, time::Duration};
+use std::{env, fs, thread::sleep, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use flannel_common::LAYOUT_VERSION;
 use flannel_tests::{
     agent::AgentOptions,
     probe::ping::Ping,
@@ -21,6 +22,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             format!("traffic_flows_on_while_the_agent_is_dead_and_through_its_return_over_{tier}"),
             Lab::new(&format!("killed-{tier}")),
             move |lab| killed(lab, tier),
+        ));
+        trials.push(scenario(
+            format!("an_upgrade_to_another_map_layout_and_back_loses_nothing_over_{tier}"),
+            Lab::new(&format!("upgraded-{tier}")),
+            move |lab| upgraded(lab, tier),
         ));
     }
     trials.extend([
@@ -63,6 +69,40 @@ fn killed(lab: &mut Lab, tier: &str) -> Result<()> {
         "counters did not outlive the agent: {before:?} {after:?}"
     );
     Ok(())
+}
+
+/// Names the binary of an agent with another map layout, to be used in turn with this one's.
+const OTHER_AGENT: &str = "FLANNEL_TESTS_OTHER_AGENT";
+
+/// What another layout is to a new agent: the programs of its predecessor run with maps it must not use, pinned in a folder
+/// that is not its own. Where no other agent is at hand, the folder is given another version's name.
+fn upgraded(lab: &mut Lab, tier: &str) -> Result<()> {
+    lab.bring_up(&[tier; 2])?;
+    let this = AgentOptions::new()?.datapath(tier);
+    let other = env::var_os(OTHER_AGENT).map(|path| AgentOptions::with_binary(path.into()).datapath(tier));
+    let traffic = Traffic::start_every(lab, Duration::from_millis(1))?;
+    for turn in 0..RESTARTS {
+        match &other {
+            Some(other) => {
+                let options = if turn % 2 == 0 { other } else { &this };
+                restart_agent(lab, options, Duration::from_millis(50))?;
+            }
+            None => {
+                lab.host_mut(1).agent_mut()?.crash()?;
+                let bpffs = lab.host(1).bpffs().context("no bpffs was mounted")?;
+                let pins = bpffs.join("flannel/flannel0");
+                let now = pins.join(format!("v{LAYOUT_VERSION}"));
+                fs::rename(&now, pins.join(format!("v{}", if turn % 2 == 0 { 1 } else { 9999 })))
+                    .with_context(|| format!("rename {}", now.display()))?;
+                restart_agent(lab, &this, Duration::ZERO)?;
+                let found: Vec<_> = fs::read_dir(&pins)?.collect::<Result<_, _>>()?;
+                ensure!(found.len() == 1 && now.is_dir(), "{found:?}");
+            }
+        }
+        let status = lab.host(1).status()?;
+        ensure!(status.tier() == tier, "{}", status.reasons());
+    }
+    traffic.stop_without_loss()
 }
 
 /// Kills the second host's agent and starts another after `away`; returns when that one knows the peers.

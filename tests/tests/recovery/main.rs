@@ -5,6 +5,7 @@ mod agent;
 mod cleanup;
 mod damage;
 mod datastore;
+mod others;
 mod underlay;
 
 use std::{process::ExitCode, thread::sleep, time::Duration};
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     trials.extend(cleanup::trials());
     trials.extend(damage::trials());
     trials.extend(datastore::trials());
+    trials.extend(others::trials());
     trials.extend(underlay::trials());
     run(trials)
 }

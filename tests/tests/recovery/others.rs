@@ -1,0 +1,87 @@
+//! Programs of others on the interface: they go on working, and so does the tunnel, whoever comes last.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use flannel_agent::host::udp::programs::inspect;
+use flannel_tests::{
+    agent::Status,
+    bpf,
+    scenario::scenario,
+    topology::{Host, Lab},
+};
+use libtest_mimic::Trial;
+
+use crate::{SOON, Traffic};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for tier in ["xdp", "tc"] {
+        trials.push(scenario(
+            format!("a_classifier_in_front_of_ours_is_behind_it_within_a_second_over_{tier}"),
+            Lab::new(&format!("in-front-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                in_front(lab)
+            },
+        ));
+    }
+    trials.push(scenario(
+        "a_foreign_xdp_program_and_tc_filters_are_left_working",
+        Lab::new("foreign-xdp"),
+        foreign_xdp,
+    ));
+    trials
+}
+
+/// Programs on tc ingress of eth0 in the order they run.
+fn ingress(host: &Host) -> Result<Vec<u32>> {
+    let eth0 = host.netns().ifindex("eth0")?;
+    // BPF_TCX_INGRESS
+    host.netns().run(|| Ok(inspect::tcx_programs(eth0, 46)?))
+}
+
+fn in_front(lab: &mut Lab) -> Result<()> {
+    let traffic = Traffic::start(lab)?;
+    let host = lab.host(1);
+    let other = bpf::classifier_in_front(host.netns(), "eth0")?;
+    ensure!(ingress(host)?.first() == Some(&other.program));
+    let started = Instant::now();
+    while ingress(host)?.first() == Some(&other.program) {
+        ensure!(started.elapsed() < SOON, "still in front after {SOON:?}: {}", host.agent()?.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let order = ingress(host)?;
+    ensure!(order.len() == 2 && order[1] == other.program, "{order:?}");
+    let reported =
+        |status: &Status| status.reasons().contains("displaced once by another program, first again");
+    host.agent()?.wait_status("that it says so", reported)?;
+    traffic.stop_without_loss()
+}
+
+fn foreign_xdp(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(1);
+    let other = bpf::pass(host.netns(), "eth0")?;
+    for command in [
+        "tc qdisc add dev eth0 clsact",
+        "tc filter add dev eth0 ingress priority 1 protocol ip u32 match u32 0 0 flowid 1:1",
+        "tc filter add dev eth0 egress priority 1 protocol ip u32 match u32 0 0 flowid 1:1",
+    ] {
+        host.netns().output(command)?;
+    }
+    lab.bring_up(&["auto"; 2])?;
+    let status = lab.host(1).status()?;
+    ensure!(status.tier().starts_with("tc"), "{}", status.reasons());
+    ensure!(status.reasons().contains("another XDP program is on eth0"), "{}", status.reasons());
+    let traffic = Traffic::start(lab)?;
+    let host = lab.host(1);
+    let filters = host.netns().output("tc filter show dev eth0 ingress")?;
+    ensure!(filters.contains("pref 1 u32"), "{filters}");
+    // Taken away, nothing of ours goes with it.
+    host.netns().output("tc qdisc del dev eth0 clsact")?;
+    // A link that goes is not told to anybody: the next look that something else causes finds the free place.
+    drop(other);
+    host.netns().ip("link set eth0 txqueuelen 500")?;
+    host.agent()?.wait_status("that XDP is ours", |status| status.tier() == "xdp" && status.ready)?;
+    traffic.stop_without_loss()
+}
