@@ -19,9 +19,10 @@ use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{
+    agent::AgentOptions,
     namespace::Namespace,
     probe::load::forward_in_real_time,
-    reference::{UDP_OVERHEAD, attach_pods, subnet},
+    reference::{UDP_OVERHEAD, attach_pods, publish, subnet},
     topology::{Lab, NETWORK},
 };
 
@@ -45,23 +46,47 @@ impl Proxies {
     pub fn start(lab: &mut Lab) -> Result<Self> {
         let mut proxies = Self { stop: Arc::default(), threads: Vec::new() };
         for (index, peer) in [(0, 1), (1, 0)] {
-            let host = lab.host(index);
-            let remote =
-                Remote { subnet: subnet(peer), node: SocketAddrV4::new(lab.host(peer).address(), PORT) };
-            let mtu = lab.underlay_mtu().saturating_sub(UDP_OVERHEAD);
-            let tun = host.netns().run(open_tun).with_context(|| format!("on {}", host.name()))?;
-            host.netns().ip(&format!("link set {DEVICE} mtu {mtu} up"))?;
-            host.netns().ip(&format!("addr add {}/32 dev {DEVICE}", subnet(index)))?;
-            host.netns().ip(&format!("route add {NETWORK} dev {DEVICE}"))?;
-            let address = SocketAddrV4::new(host.address(), PORT);
-            let socket = host
-                .netns()
-                .run(|| UdpSocket::bind(address).with_context(|| format!("bind UDP {address}")))?;
-            socket.set_nonblocking(true).context("set the socket non-blocking")?;
-            proxies.run(host.netns(), tun, socket, remote);
+            proxies.on(lab, index, subnet(peer))?;
         }
         attach_pods(lab, UDP_OVERHEAD)?;
         Ok(proxies)
+    }
+
+    /// A node that still runs the original beside one with an agent: takes a lease for the second host, starts an agent
+    /// on the first, then the proxy, and attaches a pod to each. Two hosts.
+    ///
+    /// # Errors
+    /// As [`Self::start`], and what the agent does not get ready for.
+    pub fn beside_an_agent(lab: &mut Lab, options: &AgentOptions) -> Result<Self> {
+        let node = lab.host(1).address();
+        let value = format!(r#"{{"PublicIP":"{node}","PublicIPv6":null}}"#);
+        lab.datastore().put(&format!("subnets/{}-24", subnet(1)), &value)?;
+        lab.host_mut(0).start_agent(options)?.wait_peers(1)?;
+        let mut proxies = Self { stop: Arc::default(), threads: Vec::new() };
+        let remote = lab.host(0).agent()?.subnet_env()?.base();
+        proxies.on(lab, 1, remote)?;
+        publish(lab.host(1), 1, lab.underlay_mtu().saturating_sub(UDP_OVERHEAD))?;
+        for index in [0, 1] {
+            lab.host_mut(index).attach_pod()?;
+        }
+        Ok(proxies)
+    }
+
+    /// One on the host with this index; `remote` is the other host's subnet.
+    fn on(&mut self, lab: &Lab, index: usize, remote: Ipv4Addr) -> Result<()> {
+        let (host, peer) = (lab.host(index), lab.host(1 - index));
+        let remote = Remote { subnet: remote, node: SocketAddrV4::new(peer.address(), PORT) };
+        let mtu = lab.underlay_mtu().saturating_sub(UDP_OVERHEAD);
+        let tun = host.netns().run(open_tun).with_context(|| format!("on {}", host.name()))?;
+        host.netns().ip(&format!("link set {DEVICE} mtu {mtu} up"))?;
+        host.netns().ip(&format!("addr add {}/32 dev {DEVICE}", subnet(index)))?;
+        host.netns().ip(&format!("route add {NETWORK} dev {DEVICE}"))?;
+        let address = SocketAddrV4::new(host.address(), PORT);
+        let socket =
+            host.netns().run(|| UdpSocket::bind(address).with_context(|| format!("bind UDP {address}")))?;
+        socket.set_nonblocking(true).context("set the socket non-blocking")?;
+        self.run(host.netns(), tun, socket, remote);
+        Ok(())
     }
 
     fn run(&mut self, namespace: &Arc<Namespace>, tun: File, socket: UdpSocket, remote: Remote) {

@@ -70,7 +70,11 @@ pub fn attach_pods(lab: &mut Lab, overhead: u32) -> Result<()> {
     Ok(())
 }
 
-fn publish(host: &Host, index: usize, mtu: u32) -> Result<()> {
+/// The `subnet.env` of the host with this index, as a node agent writes it.
+///
+/// # Errors
+/// The file can't be written.
+pub fn publish(host: &Host, index: usize, mtu: u32) -> Result<()> {
     let gateway = Ipv4Addr::from(u32::from(subnet(index)) + 1);
     let path = host.files().subnet_env();
     let text = format!(

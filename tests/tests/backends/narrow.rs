@@ -14,6 +14,7 @@ use flannel_tests::{
         ping::Ping,
         tcp::TcpPath,
     },
+    proxy::Proxies,
     scenario::scenario,
     topology::{Lab, Underlay},
 };
@@ -45,6 +46,23 @@ pub(crate) fn trials() -> Vec<Trial> {
                 }
                 lab.bring_up(&[tier; 2])?;
                 learned(lab, "answered, larger probes were not")
+            },
+        ));
+    }
+    for tier in ["xdp", "tc", "tun"] {
+        trials.push(scenario(
+            format!("a_narrow_link_to_a_node_of_the_original_is_found_over_{tier}"),
+            Lab::new(&format!("original-{tier}")).underlay(Underlay::Narrow(LINK)),
+            move |lab| {
+                let options = AgentOptions::new()?.datapath(tier);
+                let _original = Proxies::beside_an_agent(lab, &options)?;
+                // It sends what its own kernel has cut where it must: only this direction is ours to say.
+                transfer(lab).context("before the path is known")?;
+                let fits = |status: &Status| peer(status).is_some_and(|peer| peer.path_mtu == Some(PATH));
+                let status = lab.host(0).agent()?.wait_status("the path's MTU", fits)?;
+                let said = peer(&status).and_then(|peer| peer.path_mtu_reason.clone()).unwrap_or_default();
+                ensure!(said.contains("said by ICMP"), "{said}");
+                no_fragments(lab)
             },
         ));
     }
