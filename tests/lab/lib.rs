@@ -36,6 +36,8 @@ pub mod topology;
 #[cfg(feature = "parts")]
 pub mod etcd;
 #[cfg(feature = "parts")]
+pub mod kernel;
+#[cfg(feature = "parts")]
 pub mod privilege;
 #[cfg(feature = "parts")]
 pub mod programs;

@@ -24,6 +24,10 @@ use nix::{
 /// Set to `1`: what is missing is a failure, not a reason to ignore.
 pub const REQUIRE_ROOT: &str = "FLANNEL_REQUIRE_ROOT";
 
+/// Names of tests, or what they begin with, separated by commas: only those are run. One that fits none is a failure, so
+/// that a test which is renamed does not vanish from a list.
+pub const ONLY: &str = "FLANNEL_ONLY";
+
 /// What tests of the kernel data path need: root, the eBPF object, and a kernel that lets us load XDP programs.
 ///
 /// # Errors
@@ -66,6 +70,16 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
 /// With [`REQUIRE_ROOT`] set to `1` that reason is printed and no test is run (exit code 1).
 pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
     let arguments = Arguments::from_args();
+    let trials = match std::env::var(ONLY) {
+        Ok(list) if !list.is_empty() => match named(trials, &list) {
+            Ok(trials) => trials,
+            Err(reason) => {
+                eprintln!("error: {ONLY}: {reason}");
+                return ExitCode::FAILURE;
+            }
+        },
+        _ => trials,
+    };
     let missing = if arguments.list { None } else { ready().err() };
     let trials = match missing {
         None => trials,
@@ -76,6 +90,16 @@ pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCo
         Some(reason) => trials.into_iter().map(|trial| ignored(&trial, &reason)).collect(),
     };
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn named(mut trials: Vec<Trial>, list: &str) -> Result<Vec<Trial>, String> {
+    let names: Vec<&str> = list.split(',').map(str::trim).collect();
+    let fits = |trial: &Trial, name: &str| trial.name().starts_with(name);
+    if let Some(name) = names.iter().find(|name| !trials.iter().any(|trial| fits(trial, name))) {
+        return Err(format!("there is no test whose name begins with {name:?}"));
+    }
+    trials.retain(|trial| names.iter().any(|name| fits(trial, name)));
+    Ok(trials)
 }
 
 fn ignored(trial: &Trial, reason: &str) -> Trial {

@@ -20,6 +20,19 @@ use flannel_common::{
     tunnel::Settings,
 };
 
+use crate::kernel::XDP_FRAGS;
+
+/// The builds of XDP decapsulation that this kernel can load.
+pub fn xdp_builds() -> impl Iterator<Item = &'static str> {
+    ["flannel_decap_xdp", "flannel_decap_xdp_frags"].into_iter().filter(|name| is_for_this_kernel(name))
+}
+
+/// Whether this kernel can load that program. The agent asks for the build with fragments only where the plain one does
+/// not fit the interface.
+pub fn is_for_this_kernel(program: &str) -> bool {
+    program != "flannel_decap_xdp_frags" || XDP_FRAGS.met()
+}
+
 /// All programs of the object, in no order.
 pub const ALL: [&str; 6] = [
     "flannel_encap",
@@ -45,7 +58,7 @@ pub mod verdict {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub verdict: i32,
-    /// For XDP with the metadata in front.
+    /// For XDP with the metadata in front, where the kernel gives it back ([`crate::kernel::XDP_TEST_METADATA`]).
     pub packet: Vec<u8>,
     /// Counters that moved; those of earlier packets are cleared before a run.
     pub counted: BTreeMap<Counter, Count>,
@@ -68,7 +81,7 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads every program under the given settings. Nothing is attached.
+    /// Loads every program this kernel can load, under the given settings. Nothing is attached.
     ///
     /// # Errors
     /// The program and the verifier's log.
@@ -77,7 +90,7 @@ impl Programs {
             .override_global("SETTINGS", settings, true)
             .load(OBJECT)
             .context("load the eBPF object")?;
-        for (name, program) in ebpf.programs_mut() {
+        for (name, program) in ebpf.programs_mut().filter(|(name, _)| is_for_this_kernel(name)) {
             match program {
                 Program::Xdp(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask setup | build-ebpf | check | test | demo | bench`, one file each.
+//! Developer commands: `cargo xtask setup | build-ebpf | check | test | vm | demo | bench`, one file each.
 //!
 //! Every command does the set-up it needs by itself, so each one works on a fresh clone.
 
@@ -9,6 +9,7 @@ mod demo;
 mod progress;
 mod setup;
 mod test;
+mod vm;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -32,6 +33,8 @@ enum Command {
     Check,
     /// Every test: units, documentation, the eBPF programs and whole hosts in network namespaces; needs root
     Test(test::Arguments),
+    /// The tests that depend on the kernel, on Debian's kernels from 5.10 to the newest, in QEMU; needs root
+    Vm(vm::Arguments),
     /// Three hosts in network namespaces, pods that reach each other through the tunnel, and figures
     Demo(demo::Arguments),
     /// Measures the data paths against plain routes and the kernel's vxlan, and the agent itself; needs root
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build_ebpf::run(),
         Command::Check => check::run(),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Vm(arguments) => vm::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     };

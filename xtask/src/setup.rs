@@ -65,17 +65,35 @@ const PACKAGES: [Package; 15] = [
     package("etcd-client", Sign::Program("etcdctl"), "publishes the network configuration in tests and demo"),
 ];
 
+/// What `cargo xtask vm` needs beyond them.
+const FOR_MACHINES: [Package; 5] = [
+    package("qemu-system-x86", Sign::Program("qemu-system-x86_64"), "boots other kernels"),
+    package("busybox-static", Sign::Program("busybox"), "small programs of the guests"),
+    package("kmod", Sign::Program("depmod"), "modules of the guests"),
+    package("cpio", Sign::Program("cpio"), "packs the guests"),
+    package(
+        "debian-archive-keyring",
+        Sign::File("/usr/share/keyrings/debian-archive-keyring.gpg"),
+        "the kernels are Debian's packages",
+    ),
+];
+
 /// Installs what is missing.
 ///
 /// Without root it says the command that would, for everything at once.
 pub(crate) fn run() -> Result<()> {
     let mut installed = rust_components()?;
-    installed |= packages()?;
+    installed |= packages(&PACKAGES)?;
     installed |= linker()?;
     if !installed {
         println!("setup: everything is there");
     }
     Ok(())
+}
+
+/// Installs what the kernel matrix needs and is missing.
+pub(crate) fn run_for_machines() -> Result<()> {
+    packages(&FOR_MACHINES).map(drop)
 }
 
 /// rust-src (core for the BPF target is built from it), rustfmt, clippy. rust-toolchain.toml names them, but a
@@ -100,9 +118,9 @@ fn rust_components() -> Result<bool> {
 }
 
 /// Debian's packages.
-fn packages() -> Result<bool> {
+fn packages(wanted: &[Package]) -> Result<bool> {
     let missing: Vec<(&str, &str)> =
-        PACKAGES.iter().filter(|package| !is_there(&package.sign)).map(|p| (p.name, p.why)).collect();
+        wanted.iter().filter(|package| !is_there(&package.sign)).map(|p| (p.name, p.why)).collect();
     if missing.is_empty() {
         return Ok(false);
     }
@@ -125,7 +143,7 @@ fn packages() -> Result<bool> {
     let mut arguments = vec!["install", "-y", "--no-install-recommends"];
     arguments.extend(&names);
     apt(&format!("apt-get install ({})", names.len()), &arguments)?;
-    for package in PACKAGES {
+    for package in wanted {
         ensure!(
             is_there(&package.sign),
             "package {} is installed, but what it is needed for is still not there ({})",
@@ -157,7 +175,7 @@ fn is_there(sign: &Sign) -> bool {
 }
 
 /// Also looks where programs of root are, which may not be on a user's PATH.
-fn on_path(name: &str) -> Option<PathBuf> {
+pub(crate) fn on_path(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))

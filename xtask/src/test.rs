@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::{
     build_ebpf,
     progress::{Logged, Step, cargo, cargo_step, seconds},
-    setup,
+    setup, vm,
 };
 
 /// CAP_NET_ADMIN and CAP_SYS_ADMIN, linux/capability.h
@@ -20,6 +20,9 @@ const NEEDED_CAPABILITIES: u64 = 1 << 12 | 1 << 21;
 pub(crate) struct Arguments {
     /// Only tests whose name contains this
     filter: Option<String>,
+    /// Afterwards those that depend on the kernel once more, on other kernels (`cargo xtask vm`)
+    #[arg(long)]
+    kernels: bool,
 }
 
 /// Tests of one binary.
@@ -75,7 +78,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         }
     })?;
     drop(step);
-    report(&suites, &logged, started)
+    report(&suites, &logged, started)?;
+    if arguments.kernels {
+        println!("\nOn other kernels:");
+        vm::run(&vm::Arguments::default())?;
+    }
+    Ok(())
 }
 
 fn report(suites: &[Suite], logged: &Logged, started: Instant) -> Result<()> {
@@ -133,7 +141,7 @@ fn suite_of(line: &str) -> Option<Suite> {
 }
 
 /// `test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; …` → passed, failed, ignored
-fn counts_of(line: &str) -> Option<[u64; 3]> {
+pub(crate) fn counts_of(line: &str) -> Option<[u64; 3]> {
     let counts = line.strip_prefix("test result: ")?;
     let number = |word: &str| {
         let part = counts.split(['.', ';']).find(|part| part.trim().ends_with(word))?;

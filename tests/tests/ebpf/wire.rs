@@ -5,12 +5,18 @@
 use std::{collections::BTreeSet, thread};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use aya::programs::{LinkOrder, TcAttachType, XdpMode, tc::TcAttachOptions};
+use aya::programs::{
+    LinkOrder, TcAttachType, XdpMode,
+    tc::{NlOptions, TcAttachOptions, TcError, qdisc_add_clsact},
+};
 use flannel_common::{
     counter::Counter,
     tunnel::{FIXED_SOURCE_PORT, OUTER_DF, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE},
 };
-use flannel_tests::programs::{Context, Programs, verdict};
+use flannel_tests::{
+    kernel::{TCX, XDP_TEST_METADATA},
+    programs::{Context, Programs, verdict},
+};
 use libtest_mimic::Trial;
 use proptest::{
     strategy::{Strategy as _, ValueTree as _},
@@ -114,11 +120,19 @@ impl Wire {
 }
 
 fn attach(programs: &mut Programs, program: &str, device: &str, direction: TcAttachType) -> Result<()> {
-    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let options = if TCX.met() {
+        TcAttachOptions::TcxOrder(LinkOrder::first())
+    } else {
+        match qdisc_add_clsact(device) {
+            Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {}
+            result => result.with_context(|| format!("add clsact to {device}"))?,
+        }
+        TcAttachOptions::Netlink(NlOptions::default())
+    };
     programs
         .classifier(program)?
-        .attach_with_options(device, direction, order)
-        .with_context(|| format!("attach {program} to {device} (TCX, Linux 6.6)"))?;
+        .attach_with_options(device, direction, options)
+        .with_context(|| format!("attach {program} to {device}"))?;
     Ok(())
 }
 
@@ -280,8 +294,9 @@ fn round_trip() -> Result<()> {
         let inner = inner.new_tree(&mut runner).map_err(|e| anyhow!("{e}"))?.current();
         let frame = wire.send(&inner).with_context(|| format!("{inner:?}"))?;
         let want = Ip { ttl: inner.ttl - 2, ..inner.clone() }.bytes();
+        let mark = if XDP_TEST_METADATA.met() { 4 } else { 0 };
         for (program, verdict, front) in
-            [("flannel_ingress", verdict::TC_REDIRECT, 0), ("flannel_decap_xdp", verdict::XDP_PASS, 4)]
+            [("flannel_ingress", verdict::TC_REDIRECT, 0), ("flannel_decap_xdp", verdict::XDP_PASS, mark)]
         {
             let outcome = remote.run(program, &frame, Context::Plain)?;
             ensure!(outcome.verdict == verdict, "{program}: {:?} for {inner:?}", outcome.counted);
