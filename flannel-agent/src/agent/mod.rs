@@ -191,7 +191,7 @@ impl<H: Host> Agent<H> {
         if lease.attrs.names_the_node_of(&self.node.backend.lease_attrs()) {
             self.health.done("lease");
             // A former address is no longer ours once the store does not show it.
-            self.peers.renumber(&own_addresses(&self.node.context.interface));
+            self.renumber_peers();
         }
         self.node.lease = lease;
     }

@@ -368,6 +368,22 @@ async fn the_tunnel_follows_the_interfaces_mtu_and_shrinks_before_anything_else(
 }
 
 #[tokio::test(start_paused = true)]
+async fn host_gw_follows_the_interfaces_mtu_and_address_and_probes_nothing() {
+    let running = Running::start("host-gw", FakeHost::new()).await;
+    running.ready().await;
+    running.host.narrow("192.0.2.9".parse().unwrap(), 1400);
+    running.peer("10.1.9.0-24", "192.0.2.9", "host-gw");
+    running.host.rewire(|facts| *facts = uplink(9000, &["192.0.2.77"]));
+    running.until("subnet.env", |r| r.subnet_env().contains("FLANNEL_MTU=9000\n")).await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    running.ready().await;
+    assert_eq!(running.shown(), "route 10.1.9.0/24 via 192.0.2.9 dev eth0\n");
+    let (_, value) = running.store.entries().remove(0);
+    assert!(value.contains("192.0.2.77") && value.contains("host-gw"), "{value}");
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_renumbered_node_publishes_its_new_address_in_the_lease_it_holds() {
     let running = Running::start("udp", FakeHost::new()).await;
     running.ready().await;

@@ -8,6 +8,7 @@
 use super::{Agent, now, own_addresses};
 use crate::backends::{self, BackendContext};
 use crate::domain::interface::{self, ExternalInterface, Followed};
+use crate::domain::peers::Changed;
 use crate::host::Host;
 
 /// What was last said about the interface.
@@ -97,8 +98,15 @@ impl<H: Host> Agent<H> {
             self.health.wait("lease", "our lease does not name this node's new address yet");
             self.tenure.publish(&self.node);
         }
-        self.peers.renumber(&own_addresses(&self.node.context.interface));
-        self.report_refusals();
+        self.renumber_peers();
         Ok(())
+    }
+
+    /// A peer that claims an address of ours is none.
+    pub(super) fn renumber_peers(&mut self) {
+        if self.peers.renumber(&own_addresses(&self.node.context.interface)) == Changed::Yes {
+            self.peers_have_paths();
+            self.report_refusals();
+        }
     }
 }
