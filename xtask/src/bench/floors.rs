@@ -113,3 +113,35 @@ pub(super) fn judge(measured: &Measured) -> Vec<Broken> {
     }
     broken
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::traffic::Row;
+
+    fn row(name: &'static str, gbits: &[f64]) -> Row {
+        Row { name, path: String::new(), samples: [(Metric::Tcp1, gbits.to_vec())].into() }
+    }
+
+    #[test]
+    fn a_broken_floor_names_the_figure_and_what_would_be_right() {
+        let rows = vec![row(HOST_GW, &[10.0, 10.0, 10.0]), row("udp xdp", &[7.0, 8.0, 12.0])];
+        let broken = judge(&Measured { mode: Mode::Wire, rounds: 3, rows });
+        let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "wire, udp xdp, TCP, 1 stream, Gbit/s: 0.80 × host-gw (0.70–1.20 in 3 rounds), at least 0.85 is right"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_floor_that_is_kept_or_was_not_measured_is_not_mentioned() {
+        let rows = vec![row(HOST_GW, &[10.0]), row("udp xdp", &[9.0])];
+        assert!(judge(&Measured { mode: Mode::Wire, rounds: 1, rows }).is_empty());
+        assert!(
+            judge(&Measured { mode: Mode::Wire, rounds: 1, rows: vec![row("udp xdp", &[0.1])] }).is_empty()
+        );
+    }
+}
