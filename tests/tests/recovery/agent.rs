@@ -1,6 +1,11 @@
 //! The agent is killed, stopped and started again with traffic flowing.
 
-use std::{env, fs, thread::sleep, time::Duration};
+use std::{
+    env, fs,
+    sync::Arc,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_common::LAYOUT_VERSION;
@@ -105,25 +110,35 @@ fn upgraded(lab: &mut Lab, tier: &str) -> Result<()> {
     traffic.stop_without_loss()
 }
 
-/// Kills the second host's agent and starts another after `away`; returns when that one knows the peers.
-fn restart_agent(lab: &mut Lab, options: &AgentOptions, away: Duration) -> Result<()> {
+/// Kills the second host's agent and starts another after `away`; how long it took until that one was ready and knew the
+/// peers.
+fn restart_agent(lab: &mut Lab, options: &AgentOptions, away: Duration) -> Result<Duration> {
+    let killed = Instant::now();
     lab.host_mut(1).agent_mut()?.crash()?;
     sleep(away);
     lab.host_mut(1).start_agent(options)?;
     lab.wait_connected()?;
+    let back = killed.elapsed();
     sleep(Duration::from_millis(100));
-    Ok(())
+    Ok(back)
 }
 
+/// Nobody carries packets while no agent runs; as soon as one is ready, everything arrives.
 fn killed_tun(lab: &mut Lab) -> Result<()> {
     lab.bring_up(&["tun"; 2])?;
-    let traffic = Traffic::start(lab)?;
-    lab.host_mut(1).agent_mut()?.crash()?;
-    sleep(Duration::from_millis(500));
     let options = AgentOptions::new()?.datapath("tun");
-    lab.host_mut(1).start_agent(&options)?;
-    lab.wait_connected()?;
-    lab.ping_all_pairs(5)?;
+    let traffic = Traffic::start(lab)?;
+    let (from, to) = (Arc::clone(&lab.host(0).pod()?.netns), lab.host(1).pod()?.address);
+    for _ in 0..5 {
+        let pings = Ping::new(&from, to).count(1_000_000).interval(Duration::from_millis(1)).start()?;
+        sleep(Duration::from_millis(200));
+        let back = restart_agent(lab, &options, Duration::ZERO)?;
+        let report = pings.stop()?;
+        println!("{} of {} pings lost, ready again {back:?} after the kill", report.lost(), report.sent);
+        // The one in flight when ping is interrupted counts as sent.
+        ensure!(u128::from(report.lost()) <= back.as_millis() + 1, "lost on while an agent ran: {report}");
+        lab.ping_all_pairs(5)?;
+    }
     // TCP waits longer after each attempt, up to seconds; it must come back.
     sleep(Duration::from_secs(2));
     traffic.stop().map(drop)

@@ -8,8 +8,17 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::{Map, MapData};
 use flannel_agent::host::udp::programs::inspect;
-use flannel_tests::{probe::ping::Ping, scenario::scenario, topology::Lab};
+use flannel_common::{
+    LAYOUT_VERSION,
+    peer::{Peer, PeerKey},
+};
+use flannel_tests::{
+    probe::ping::Ping,
+    scenario::scenario,
+    topology::{Host, Lab},
+};
 use libtest_mimic::Trial;
 
 use crate::SOON;
@@ -41,6 +50,14 @@ pub(crate) fn trials() -> Vec<Trial> {
             move |lab| {
                 lab.bring_up(&[tier; 2])?;
                 links(lab, tier, Damage::Detached)
+            },
+        ));
+        trials.push(scenario(
+            format!("every_damage_to_what_carries_the_tunnel_is_undone_within_a_second_over_{tier}"),
+            Lab::new(&format!("parts-{tier}")),
+            move |lab| {
+                lab.bring_up(&[tier; 2])?;
+                parts(lab, tier)
             },
         ));
         trials.push(scenario(
@@ -123,6 +140,155 @@ fn underlay(lab: &mut Lab, tier: &str) -> Result<()> {
     lab.ping_all_pairs(5)?;
     let after = lab.host(1).status()?.counted(word);
     ensure!(after >= before + 10, "{word} grew from {before} to {after} only: another way carries");
+    Ok(())
+}
+
+/// What is done to a host, and when it is undone.
+struct Part {
+    what: &'static str,
+    damage: fn(&Host) -> Result<()>,
+    undone: fn(&Host) -> Result<bool>,
+}
+
+fn does(host: &Host, command: &str) -> Result<()> {
+    host.netns().output(command).map(drop)
+}
+
+fn shows(host: &Host, command: &str, pattern: &str) -> Result<bool> {
+    Ok(host.netns().output(command).is_ok_and(|text| text.contains(pattern)))
+}
+
+fn pins(host: &Host) -> Result<PathBuf> {
+    let bpffs = host.bpffs().context("no bpffs was mounted")?;
+    Ok(bpffs.join(format!("flannel/flannel0/v{LAYOUT_VERSION}")))
+}
+
+type PeerMap = aya::maps::HashMap<MapData, PeerKey, Peer>;
+
+fn peer_map(host: &Host) -> Result<PeerMap> {
+    Ok(Map::from_map_data(MapData::from_pin(pins(host)?.join("peers"))?)?.try_into()?)
+}
+
+fn entries(host: &Host) -> Result<Vec<(PeerKey, Peer)>> {
+    Ok(peer_map(host)?.iter().collect::<Result<_, _>>()?)
+}
+
+/// Of both tiers.
+const PARTS: [Part; 5] = [
+    Part {
+        what: "a peer's entry deleted from the map",
+        damage: |host| {
+            let (key, _) = *entries(host)?.first().context("no entry")?;
+            Ok(peer_map(host)?.remove(&key)?)
+        },
+        undone: |host| Ok(entries(host)?.len() == 1),
+    },
+    Part {
+        what: "a peer's entry pointed elsewhere",
+        damage: |host| {
+            let (key, peer) = *entries(host)?.first().context("no entry")?;
+            Ok(peer_map(host)?.insert(key, Peer { node: u32::from_ne_bytes([10, 99, 0, 99]), ..peer }, 0)?)
+        },
+        undone: |host| {
+            Ok(entries(host)?.iter().any(|(_, peer)| peer.node == u32::from_ne_bytes([10, 99, 0, 11])))
+        },
+    },
+    Part {
+        what: "an entry added to the map",
+        damage: |host| {
+            let (_, peer) = *entries(host)?.first().context("no entry")?;
+            Ok(peer_map(host)?.insert(
+                u32::from_ne_bytes([10, 244, 254, 0]),
+                Peer { index: 99, ..peer },
+                0,
+            )?)
+        },
+        undone: |host| Ok(entries(host)?.len() == 1),
+    },
+    Part {
+        what: "clsact made and deleted",
+        damage: |host| {
+            does(host, "tc qdisc add dev eth0 clsact")?;
+            does(host, "tc qdisc del dev eth0 clsact")
+        },
+        undone: |_| Ok(true),
+    },
+    Part {
+        what: "every pin removed at once",
+        damage: |host| {
+            let folder = pins(host)?;
+            let files = fs::read_dir(&folder)?.collect::<Result<Vec<_>, _>>()?;
+            files
+                .iter()
+                .filter(|file| file.path().is_file())
+                .try_for_each(|file| Ok(fs::remove_file(file.path())?))
+        },
+        undone: |host| {
+            let folder = pins(host)?;
+            let names = ["peers", "counters", "peer_counters", "link_encap", "link_ingress"];
+            Ok(names.iter().all(|name| folder.join(name).exists()))
+        },
+    },
+];
+
+const PARTS_OF_XDP: [Part; 2] = [
+    Part {
+        what: "gro off on eth0",
+        damage: |host| host.netns().offload("eth0", "gro off"),
+        undone: |host| shows(host, "ethtool -k eth0", "generic-receive-offload: on"),
+    },
+    Part {
+        what: "tx-udp-segmentation on on eth0",
+        damage: |host| host.netns().offload("eth0", "tx-udp-segmentation on"),
+        undone: |host| shows(host, "ethtool -k eth0", "tx-udp-segmentation: off"),
+    },
+];
+
+const PARTS_OF_TC: [Part; 5] = [
+    Part {
+        what: "tso on on flannel0p",
+        damage: |host| host.netns().offload("flannel0p", "tso on"),
+        undone: |host| shows(host, "ethtool -k flannel0p", "tcp-segmentation-offload: off"),
+    },
+    Part {
+        what: "gro off on flannel0g",
+        damage: |host| host.netns().offload("flannel0g", "gro off"),
+        undone: |host| shows(host, "ethtool -k flannel0g", "generic-receive-offload: on"),
+    },
+    Part {
+        what: "flannel0g down",
+        damage: |host| does(host, "ip link set flannel0g down"),
+        undone: |host| shows(host, "ip link show dev flannel0g", "state UP"),
+    },
+    Part {
+        what: "another MTU on flannel0p",
+        damage: |host| does(host, "ip link set flannel0p mtu 1300"),
+        undone: |host| shows(host, "ip link show dev flannel0p", "mtu 1472"),
+    },
+    Part {
+        what: "flannel0p deleted",
+        damage: |host| does(host, "ip link del flannel0p"),
+        undone: |host| shows(host, "ip link show dev flannel0p", "state UP"),
+    },
+];
+
+fn parts(lab: &mut Lab, tier: &str) -> Result<()> {
+    let own = if tier == "xdp" { PARTS_OF_XDP.as_slice() } else { PARTS_OF_TC.as_slice() };
+    // The maps taken over at the start are news of their own.
+    sleep(SOON);
+    for Part { what, damage, undone } in PARTS.iter().chain(own) {
+        let host = lab.host(1);
+        damage(host).context(*what)?;
+        let started = Instant::now();
+        while !undone(host).is_ok_and(|undone| undone) {
+            ensure!(started.elapsed() < SOON, "{what}: not undone within {SOON:?}");
+            sleep(Duration::from_millis(10));
+        }
+        reachable(lab, SOON).context(*what)?;
+        lab.ping_all_pairs(5).context(*what)?;
+        let status = lab.host(1).agent()?.wait_status("all in place", |status| status.ready)?;
+        ensure!(status.tier() == tier, "{what}: {}", status.reasons());
+    }
     Ok(())
 }
 
