@@ -204,7 +204,9 @@ impl Maps {
     /// Whether somebody else wrote to the map of peers since [`Maps::accept`]. A map that can't be read is not to blame.
     #[must_use]
     pub fn is_touched(&self) -> bool {
-        self.entries().is_ok_and(|entries| digest(&entries) != self.digest)
+        batch::entries(self.peers.map()).is_ok_and(|entries| {
+            entries.iter().fold(0, |sum, (key, peer)| sum ^ batch::digest(*key, peer)) != self.digest
+        })
     }
 
     /// These entries have been compared with what is wanted: what differs from them next is news.
