@@ -8,6 +8,7 @@
 pub mod counter;
 pub mod header;
 pub mod peer;
+pub mod pod;
 pub mod tunnel;
 
 /// Version of the pinned maps' layout; part of the pin path (`flannel/<device>/v2/`).

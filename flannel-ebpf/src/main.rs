@@ -14,6 +14,8 @@ mod encap;
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod packet;
+#[cfg(target_arch = "bpf")]
+mod shortcut;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
@@ -29,6 +31,7 @@ mod programs {
     use crate::{
         decap, encap,
         packet::{Frame, Skb},
+        shortcut,
     };
 
     /// tc egress of the tunnel device: puts inner packets into datagrams and sends them to the peer.
@@ -47,6 +50,12 @@ mod programs {
     #[classifier]
     fn flannel_gro(ctx: TcContext) -> i32 {
         decap::merged(Skb::new(&ctx))
+    }
+
+    /// tc egress of the pods' bridge: hands packets to the port of the pod they are for.
+    #[classifier]
+    fn flannel_bridge(ctx: TcContext) -> i32 {
+        shortcut::to_port(Skb::new(&ctx))
     }
 
     /// Native XDP of the underlay: decapsulates before GRO, so that the kernel merges the inner TCP.

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    btf_maps::{HashMap, PerCpuArray, PerCpuHashMap},
+    btf_maps::{DevMapHash, HashMap, PerCpuArray, PerCpuHashMap},
     helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::btf_map,
 };
@@ -11,6 +11,7 @@ use flannel_common::{
     counter::{Count, Counter, MAX_COUNTERS},
     header::NO_PEER,
     peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey},
+    pod::{MAX_PODS, PodKey, PortIndex},
     tunnel::{COARSE_CLOCK, Settings},
 };
 
@@ -47,6 +48,15 @@ static PEER_COUNTERS: PerCpuArray<PeerCount, { MAX_PEERS as usize }> = PerCpuArr
 static PEER_DROPS: PerCpuHashMap<PeerDrop, u64, { MAX_PEER_DROPS as usize }, { BPF_F_NO_PREALLOC as usize }> =
     PerCpuHashMap::new();
 
+/// MAC address of a pod → its port of the node's bridge. The agent writes it.
+#[btf_map]
+static PODS: HashMap<PodKey, PortIndex, { MAX_PODS as usize }> = HashMap::new();
+
+/// The ports that exist: the kernel takes an interface out of this map when it goes, also while no agent runs. A pod that
+/// comes back with its old MAC address on another port is then left to the bridge, not sent into the void.
+#[btf_map]
+static PORTS: DevMapHash<{ MAX_PODS as usize }> = DevMapHash::new();
+
 /// How much traffic one run of a program stands for.
 #[derive(Clone, Copy)]
 pub(crate) struct Traffic {
@@ -64,6 +74,14 @@ pub(crate) fn peer(key: PeerKey) -> Option<Peer> {
     // SAFETY: the value is copied before anything else runs. The agent may replace it meanwhile; a reader then sees
     // the old or the new node, for this one packet.
     unsafe { PEERS.get(key) }.copied()
+}
+
+/// The interface a pod hangs on, if it is still there.
+#[inline(always)]
+pub(crate) fn pod_port(key: PodKey) -> Option<PortIndex> {
+    // SAFETY: the value is copied before anything else runs; a port that is replaced meanwhile is the old or the new one.
+    let port = *unsafe { PODS.get(key) }?;
+    PORTS.get_ifindex(port)
 }
 
 #[inline(always)]

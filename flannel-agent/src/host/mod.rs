@@ -9,6 +9,7 @@ pub mod interfaces;
 pub mod leftovers;
 pub mod linux;
 pub mod memory;
+pub mod netfilter;
 pub mod netlink;
 pub mod sysctl;
 pub mod udp;

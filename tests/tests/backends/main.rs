@@ -9,6 +9,7 @@ mod offloads;
 mod others;
 mod paths;
 mod services;
+mod shortcut;
 mod tiers;
 mod traffic;
 
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     trials.extend(paths::trials());
     trials.extend(narrow::trials());
     trials.extend(services::trials());
+    trials.extend(shortcut::trials());
     trials.extend(offloads::trials());
     trials.extend(others::trials());
     trials.extend(configuration::trials());

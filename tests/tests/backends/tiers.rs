@@ -39,7 +39,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Lab::new("mixed").hosts(3),
         |lab| everything(lab, &TIERS),
     ));
-    trials.push(scenario("auto_takes_xdp_on_a_veth_and_says_why", Lab::new("auto"), auto));
+    trials.push(scenario("auto_takes_tc_on_a_veth_and_says_why", Lab::new("auto"), auto));
     trials.push(scenario(
         "an_underlay_of_another_mtu_sets_the_overlays",
         Lab::new("mtu").mtu(1400),
@@ -101,10 +101,10 @@ fn auto(lab: &mut Lab) -> Result<()> {
     lab.bring_up(&["auto"; 2])?;
     for host in lab.hosts() {
         let status = host.status()?;
-        ensure!(status.tier() == "xdp", "{}", status.reasons());
-        let tunnel = status.tunnels.first().map(|tunnel| tunnel.reason.as_str()).unwrap_or_default();
-        ensure!(!tunnel.is_empty(), "no reason is given");
-        ensure!(host.agent()?.log().contains("xdp"), "the log does not say what was taken");
+        ensure!(status.tier() == "tc", "{}", status.reasons());
+        ensure!(status.reasons().contains("eth0 is a veth"), "{}", status.reasons());
+        let log = host.agent()?.log();
+        ensure!(log.contains("udp datapath tc"), "the log does not say what was taken:\n{log}");
     }
     lab.ping_all_pairs(3)
 }

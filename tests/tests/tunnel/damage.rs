@@ -14,7 +14,7 @@ use crate::rig::{DEVICE, Rig, UNDERLAY, peer};
 const SOON: Duration = Duration::from_secs(1);
 
 pub(crate) fn recreated_underlay() -> Result<()> {
-    for datapath in [Datapath::Auto, Datapath::Tc] {
+    for datapath in [Datapath::Ebpf, Datapath::Tc] {
         let rig = Rig::new()?;
         rig.up(datapath)?;
         rig.talks()?;
@@ -32,14 +32,14 @@ pub(crate) fn recreated_underlay() -> Result<()> {
             ensure!(node.observe()?.len() == 2, "{:?}", node.observe()?);
         }
         rig.talks()?;
-        ensure!(rig.b.tier()? == if datapath == Datapath::Auto { "xdp" } else { "tc+gro" });
+        ensure!(rig.b.tier()? == if datapath == Datapath::Ebpf { "xdp" } else { "tc+gro" });
     }
     Ok(())
 }
 
 pub(crate) fn deleted_pins() -> Result<()> {
     for (datapath, pins) in [
-        (Datapath::Auto, ["link_xdp", "link_encap", "link_ingress", "peers", "counters"].as_slice()),
+        (Datapath::Ebpf, ["link_xdp", "link_encap", "link_ingress", "peers", "counters"].as_slice()),
         (Datapath::Tc, ["link_gro", "peer_counters"].as_slice()),
     ] {
         let rig = Rig::new()?;
@@ -61,7 +61,7 @@ pub(crate) fn deleted_pins() -> Result<()> {
 
 pub(crate) fn map_entries() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     // The takeover of the other node's entry is news once.
     let _ = rig.b.disturbed_within(SOON);
@@ -126,7 +126,7 @@ pub(crate) fn gro_pair() -> Result<()> {
 
 pub(crate) fn disproved() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     ensure!(rig.b.tier()? == "xdp");
     // As a driver without metadata would have it: decapsulated by XDP, no mark seen.
     let map = MapData::from_pin(rig.b.pins().join("counters"))?;
@@ -140,12 +140,12 @@ pub(crate) fn disproved() -> Result<()> {
     })?;
     ensure!(after > Duration::from_secs(4), "given up after {after:?}");
     ensure!(!rig.b.is_in_place()?);
-    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     let told = "packets that XDP decapsulated on eth0 arrived without its mark; the driver drops metadata";
     ensure!(rig.b.tier()? == "tc+gro" && rig.b.report()?.reason == told, "{:?}", rig.b.report()?);
     rig.talks()?;
     // The next agent does not try again, and says why when it must.
-    rig.b.up(Datapath::Auto)?;
+    rig.b.up(Datapath::Ebpf)?;
     ensure!(rig.b.tier()? == "tc+gro" && rig.b.report()?.reason == told, "{:?}", rig.b.report()?);
     let error = rig.b.try_put(rig.b.tunnel(Datapath::Xdp)).err().context("it came up")?;
     ensure!(error.ends_with(told), "{error}");
@@ -154,7 +154,7 @@ pub(crate) fn disproved() -> Result<()> {
 }
 
 pub(crate) fn deleted_device() -> Result<()> {
-    for datapath in [Datapath::Auto, Datapath::Tun] {
+    for datapath in [Datapath::Ebpf, Datapath::Tun] {
         let rig = Rig::new()?;
         rig.up(datapath)?;
         rig.talks()?;
@@ -171,12 +171,12 @@ pub(crate) fn deleted_device() -> Result<()> {
 
 pub(crate) fn at_once() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     for pin in ["link_xdp", "link_ingress", "link_encap"] {
         for _ in 0..5 {
             fs::remove_file(rig.b.pins().join(pin))?;
-            rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+            rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
             ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{pin}: {:?}", rig.b.report()?);
         }
     }

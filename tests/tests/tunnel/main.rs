@@ -20,7 +20,7 @@ type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
     let tests: &[(&str, Test)] = &[
-        ("auto_takes_xdp_on_a_veth_and_traffic_proves_it", tiers::auto_takes_xdp),
+        ("ebpf_takes_xdp_on_a_veth_and_traffic_proves_it", tiers::auto_takes_xdp),
         ("every_datapath_option_takes_its_tier_and_carries_packets", tiers::every_option),
         ("tiers_that_differ_talk_to_each_other", tiers::mixed),
         ("tiers_that_differ_talk_to_each_other_on_a_wire", tiers::mixed_on_a_wire),

@@ -21,7 +21,7 @@ fn is_observed(node: &Node, peer: &TunnelPeer) -> Result<bool> {
 
 pub(crate) fn ways() -> Result<()> {
     let rig = Rig::new()?;
-    rig.a.up(Datapath::Auto)?;
+    rig.a.up(Datapath::Ebpf)?;
     let far = peer("10.244.7.0/24", FAR);
     rig.a.ip("route add 192.0.2.0/24 via 172.31.0.2")?;
     rig.a.put_peers(vec![far.clone()])?.remove(0).map_err(anyhow::Error::msg)?;
@@ -51,7 +51,7 @@ pub(crate) fn refused() -> Result<()> {
         early == "put peer 10.244.2.0/24 at 172.31.0.2 dev flannel0: the tunnel on flannel0 is not up",
         "{early}"
     );
-    rig.a.put(rig.a.tunnel(Datapath::Auto))?;
+    rig.a.put(rig.a.tunnel(Datapath::Ebpf))?;
     let results = rig.a.put_peers(vec![
         peer("10.244.3.0/25", Ipv4Addr::new(172, 31, 0, 3)),
         peer("10.244.4.0/24", FAR),
@@ -75,13 +75,13 @@ pub(crate) fn refused() -> Result<()> {
 
 pub(crate) fn places() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     let before = reported(&rig.a, "10.244.2.0/24")?;
     ensure!(before.tx_packets > 0);
 
     // Moved, by a new agent: the same subnet, the same counts.
-    rig.a.up(Datapath::Auto)?;
+    rig.a.up(Datapath::Ebpf)?;
     let moved = peer("10.244.2.0/24", Ipv4Addr::new(172, 31, 0, 9));
     rig.a.put_peers(vec![moved.clone()])?.remove(0).map_err(anyhow::Error::msg)?;
     let after = reported(&rig.a, "10.244.2.0/24")?;

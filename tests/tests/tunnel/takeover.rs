@@ -15,7 +15,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use crate::rig::Rig;
 
 pub(crate) fn nothing_lost() -> Result<()> {
-    for (datapath, tier) in [(Datapath::Auto, "xdp"), (Datapath::Tc, "tc+gro")] {
+    for (datapath, tier) in [(Datapath::Ebpf, "xdp"), (Datapath::Tc, "tc+gro")] {
         let rig = Rig::new()?;
         rig.up(datapath)?;
         rig.talks()?;
@@ -36,7 +36,7 @@ pub(crate) fn nothing_lost() -> Result<()> {
 }
 
 pub(crate) fn no_agent() -> Result<()> {
-    for datapath in [Datapath::Auto, Datapath::Tc] {
+    for datapath in [Datapath::Ebpf, Datapath::Tc] {
         let rig = Rig::new()?;
         rig.up(datapath)?;
         rig.talks()?;
@@ -51,12 +51,12 @@ pub(crate) fn no_agent() -> Result<()> {
 
 pub(crate) fn counters_survive() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     let before = rig.b.report()?;
     rig.b.start_agent();
     ensure!(rig.b.observe()?.is_empty(), "before the tunnel is put, nothing is known of it");
-    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     let after = rig.b.report()?;
     let peers = |report: &TunnelReport| {
         let ageless = |peer: &PeerReport| PeerReport { last_seen_ms_ago: None, ..peer.clone() };
@@ -73,13 +73,13 @@ pub(crate) fn counters_survive() -> Result<()> {
 
 pub(crate) fn stale_map() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     rig.b.end_agent();
     let pin = rig.b.pins().join("peers");
     fs::remove_file(&pin)?;
     HashMap::<_, u32, u64>::create(10, 0)?.pin(&pin)?;
-    rig.b.up(Datapath::Auto)?;
+    rig.b.up(Datapath::Ebpf)?;
     ensure!(rig.b.is_in_place()?);
     ensure!(rig.b.report()?.peers.len() == 1);
     rig.talks()
@@ -88,7 +88,7 @@ pub(crate) fn stale_map() -> Result<()> {
 /// Up and down: another version of the agent, whose map of peers has other values. Peers are known before the programs are
 /// replaced, long before the leases are.
 pub(crate) fn other_layout() -> Result<()> {
-    for datapath in [Datapath::Auto, Datapath::Tc] {
+    for datapath in [Datapath::Ebpf, Datapath::Tc] {
         let rig = Rig::new()?;
         rig.up(datapath)?;
         rig.talks()?;
@@ -126,13 +126,13 @@ fn on_the_wire(address: Ipv4Addr) -> u32 {
 
 pub(crate) fn other_version() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     rig.b.end_agent();
     let link = |rig: &Rig| inspect::pinned_link(&rig.b.pins().join("link_xdp")).ok().flatten();
     let before = link(&rig);
     fs::rename(rig.b.pins(), rig.b.pins().with_file_name("v0"))?;
-    rig.b.up(Datapath::Auto)?;
+    rig.b.up(Datapath::Ebpf)?;
     ensure!(rig.b.tier()? == "xdp", "the old link would be a foreign program: {:?}", rig.b.report()?);
     ensure!(!rig.b.pins().with_file_name("v0").exists());
     let after = link(&rig);
@@ -142,12 +142,12 @@ pub(crate) fn other_version() -> Result<()> {
 
 pub(crate) fn settings() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     let flood = rig.flood()?;
     for (check, port) in [(SourceCheck::Off, SourcePort::Fixed), (SourceCheck::Enforce, SourcePort::Flow)] {
         for node in [&rig.a, &rig.b] {
-            let mut tunnel = node.tunnel(Datapath::Auto);
+            let mut tunnel = node.tunnel(Datapath::Ebpf);
             tunnel.options.source_check = check;
             tunnel.options.source_port = port;
             node.put(tunnel.clone())?;

@@ -13,7 +13,7 @@ use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck};
 use flannel_agent::host::udp::object;
-use flannel_agent::host::udp::programs::{self, Hook, LinkPin, PinFolder, Programs, Side, inspect};
+use flannel_agent::host::udp::programs::{self, Hook, LinkPin, Order, PinFolder, Programs, Side, inspect};
 use flannel_agent::host::udp::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
 use flannel_common::counter::Counter;
 use flannel_common::tunnel::Settings;
@@ -23,12 +23,12 @@ use crate::traffic;
 
 pub(crate) fn auto_takes_xdp() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     ensure!(rig.b.tier()? == "xdp", "{:?}", rig.b.report()?);
     ensure!(rig.b.report()?.reason.contains("to be proven"), "{:?}", rig.b.report()?.reason);
     rig.talks()?;
     let items = rig.b.observe()?;
-    let wanted = [HostItem::Tunnel(rig.b.tunnel(Datapath::Auto)), HostItem::TunnelPeer(rig.b.other())];
+    let wanted = [HostItem::Tunnel(rig.b.tunnel(Datapath::Ebpf)), HostItem::TunnelPeer(rig.b.other())];
     ensure!(items == wanted, "{items:?}");
     let report = rig.b.report()?;
     ensure!(report.reason == "native XDP attached, marks proven", "{}", report.reason);
@@ -179,7 +179,7 @@ pub(crate) fn stacked() -> Result<()> {
     let rig = Rig::new()?;
     rig.b.ip(&format!("link set {UNDERLAY} down"))?;
     stack(&rig)?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     let report = rig.b.report()?;
     ensure!(report.tier.name() == "tc+gro", "{report:?}");
     ensure!(
@@ -203,7 +203,7 @@ pub(crate) fn pinned_refused() -> Result<()> {
     );
     ensure!(!rig.b.pins().exists(), "pins were left behind");
     ensure!(rig.b.observe()?.is_empty(), "something is observed");
-    let mut elsewhere = rig.b.tunnel(Datapath::Auto);
+    let mut elsewhere = rig.b.tunnel(Datapath::Ebpf);
     elsewhere.underlay = "nothere0".to_owned();
     let error = rig.b.try_put(elsewhere).err().context("it came up")?;
     ensure!(error == "bring up the tunnel on flannel0: there is no network device nothere0", "{error}");
@@ -215,7 +215,7 @@ pub(crate) fn jumbo() -> Result<()> {
     for node in [&rig.a, &rig.b] {
         node.ip(&format!("link set {DEVICE} mtu 8972"))?;
         node.start_agent();
-        let mut tunnel = node.tunnel(Datapath::Auto);
+        let mut tunnel = node.tunnel(Datapath::Ebpf);
         tunnel.mtu = 8972;
         node.put(tunnel)?;
         node.put_peers(vec![node.other()])?;
@@ -373,7 +373,7 @@ pub(crate) fn removing() -> Result<()> {
 }
 
 pub(crate) fn another_underlay() -> Result<()> {
-    for datapath in [Datapath::Auto, Datapath::Tc, Datapath::Tun] {
+    for datapath in [Datapath::Ebpf, Datapath::Tc, Datapath::Tun] {
         let rig = Rig::new()?;
         rig.up(datapath)?;
         rig.talks()?;
@@ -418,7 +418,7 @@ pub(crate) fn foreign_tc() -> Result<()> {
         (early, id)
     });
     let early_id = id?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     let programs = tcx(&rig.b, UNDERLAY, INGRESS)?;
     ensure!(programs.len() == 2 && programs[1] == early_id, "ours is first: {programs:?}");
     rig.talks()?;
@@ -431,7 +431,7 @@ pub(crate) fn foreign_tc() -> Result<()> {
     let late_id = id?;
     rig.b.disturbed_within(Duration::from_secs(1))?;
     ensure!(!rig.b.is_in_place()?, "the place is not missed");
-    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     ensure!(rig.b.is_in_place()?);
     let programs = tcx(&rig.b, UNDERLAY, INGRESS)?;
     ensure!(programs.len() == 3 && programs[1..] == [late_id, early_id], "ours is first: {programs:?}");
@@ -439,7 +439,7 @@ pub(crate) fn foreign_tc() -> Result<()> {
     ensure!(reason.ends_with("; displaced once by another program, first again"), "{reason}");
     rig.talks()?;
 
-    rig.b.remove(Datapath::Auto)?;
+    rig.b.remove(Datapath::Ebpf)?;
     ensure!(tcx(&rig.b, UNDERLAY, INGRESS)? == [late_id, early_id]);
     drop((early, late));
     Ok(())
@@ -448,7 +448,7 @@ pub(crate) fn foreign_tc() -> Result<()> {
 /// Another agent that also wants to be first: after a few rounds it is, and packets flow on all the while.
 pub(crate) fn contested() -> Result<()> {
     let rig = Rig::new()?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     rig.talks()?;
     let flood = rig.flood()?;
     let mut others = Vec::new();
@@ -460,7 +460,7 @@ pub(crate) fn contested() -> Result<()> {
         });
         others.push((other, id?));
         ensure!(!rig.b.is_in_place()?, "the place is not missed");
-        rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+        rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
         ensure!(rig.b.is_in_place()?);
     }
     let mut last = stranger()?;
@@ -470,7 +470,7 @@ pub(crate) fn contested() -> Result<()> {
     });
     let id = id?;
     ensure!(rig.b.is_in_place()?, "it works all the same, and repairing has an end");
-    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.first() == Some(&id));
     let reason = rig.b.report()?.reason;
     ensure!(reason.ends_with(&format!("; program {id} runs before ours on ingress of eth0")), "{reason}");
@@ -488,19 +488,19 @@ pub(crate) fn foreign_xdp() -> Result<()> {
         program.attach(UNDERLAY, XdpMode::Driver)?;
         Ok(foreign)
     })?;
-    rig.up(Datapath::Auto)?;
+    rig.up(Datapath::Ebpf)?;
     let report = rig.b.report()?;
     ensure!(report.tier.name() == "tc+gro", "{report:?}");
     ensure!(report.reason.starts_with("another XDP program is on eth0: "), "{}", report.reason);
     rig.talks()?;
-    rig.b.remove(Datapath::Auto)?;
+    rig.b.remove(Datapath::Ebpf)?;
     ensure!(has_xdp(&rig.b)?, "the foreign program is gone");
     // When it leaves, XDP is ours.
-    rig.b.up(Datapath::Auto)?;
+    rig.b.up(Datapath::Ebpf)?;
     ensure!(rig.b.is_in_place()? && rig.b.tier()? == "tc+gro");
     rig.b.run(move |_| drop(foreign));
     ensure!(!rig.b.is_in_place()?, "the free place is not seen");
-    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
+    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{:?}", rig.b.report()?);
     rig.talks()
 }
@@ -517,7 +517,13 @@ pub(crate) fn clsact() -> Result<()> {
     rig.b.run(move |_| -> Result<()> {
         pins.prepare(&bpffs)?;
         let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
-        let hook = Hook { device: UNDERLAY, ifindex, side: Side::Ingress, pin: LinkPin::Ingress };
+        let hook = Hook {
+            device: UNDERLAY,
+            ifindex,
+            side: Side::Ingress,
+            order: Order::First,
+            pin: LinkPin::Ingress,
+        };
         let kind = programs::TcKind::Clsact;
         for generation in 1..=2_u32 {
             let settings = Settings { local: generation, ..Settings::default() };
@@ -540,7 +546,13 @@ pub(crate) fn clsact() -> Result<()> {
     ensure!(filters.contains("pref 60 u32"), "{filters}");
     rig.b.run(|_| -> Result<()> {
         let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
-        let hook = Hook { device: UNDERLAY, ifindex, side: Side::Ingress, pin: LinkPin::Ingress };
+        let hook = Hook {
+            device: UNDERLAY,
+            ifindex,
+            side: Side::Ingress,
+            order: Order::First,
+            pin: LinkPin::Ingress,
+        };
         programs::detach_clsact(programs::INGRESS, &hook)?;
         programs::detach_clsact(programs::INGRESS, &hook)?;
         Ok(())

@@ -15,6 +15,7 @@
 //! knowledge (`host/linux.rs`).
 
 mod addresses;
+mod bridges;
 mod events;
 mod links;
 mod routes;
@@ -40,6 +41,7 @@ use super::HostError;
 use crate::domain::host_state::HostItem;
 
 pub use addresses::AddressEntry;
+pub use bridges::{Bridge, BridgePort, ForwardingEvents};
 pub use events::Events;
 pub use links::{LinkInfo, TunInfo};
 pub use routes::{NextHop, ROUTE_PROTOCOL, RouteEntry, RouteLookup};

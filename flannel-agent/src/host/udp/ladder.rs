@@ -5,9 +5,13 @@
 //! | tier | sends | receives |
 //! |---|---|---|
 //! | `xdp` | tc egress of the tunnel device | native XDP, before GRO; tc ingress delivers |
+//! | `tc+bridge` | the same | tc ingress; super-packets pass the pods' bridge by ([`super::shortcut`]) |
 //! | `tc+gro` | the same | tc ingress, TCP merged by the GRO pair |
 //! | `tc` | the same | tc ingress |
 //! | `tun` | user space | user space |
+//!
+//! `auto` leaves XDP out on a veth: nodes joined by veth send each other packets of 64 KiB, which XDP makes the sender split
+//! and which tc takes whole. `ebpf` prefers XDP everywhere.
 //!
 //! Climbing is repeatable: what is in place stays untouched, what an earlier agent pinned is taken over, and only what
 //! is missing or has other settings is attached or replaced. XDP and tc can change places under traffic, because tc
@@ -29,9 +33,11 @@ use super::gro_pair::{self, GroPair};
 use super::maps::{self, Maps, to_wire};
 use super::place::{Ahead, Place};
 use super::programs::{
-    self, ENCAP, GRO, Hook, INGRESS, LinkPin, PinFolder, Programs, Side, TcKind, XDP_FRAGS, inspect,
+    self, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Programs, Side, TcKind, XDP_FRAGS,
+    inspect,
 };
 use super::proof::{Adoption, Proof, Seen};
+use super::shortcut::{self, PodBridge, Shortcut};
 use super::underlay;
 use crate::domain::host_state::{Datapath, SourceCheck, SourcePort, Tunnel};
 use crate::host::HostError;
@@ -42,6 +48,8 @@ use crate::host::netlink::{LinkInfo, Netlink};
 pub enum Tier {
     #[serde(rename = "xdp")]
     Xdp,
+    #[serde(rename = "tc+bridge")]
+    TcBridge,
     #[serde(rename = "tc+gro")]
     TcGro,
     #[serde(rename = "tc")]
@@ -56,6 +64,7 @@ impl Tier {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Xdp => "xdp",
+            Self::TcBridge => "tc+bridge",
             Self::TcGro => "tc+gro",
             Self::Tc => "tc",
             Self::Tun => "tun",
@@ -95,6 +104,9 @@ pub(super) struct KernelPath {
     xdp_taken: bool,
     /// Offloads of the underlay that were brought to what is wanted.
     tuned: Vec<(Feature, Switch)>,
+    /// The shortcut is to be taken where it can.
+    wants_shortcut: bool,
+    shortcut: Option<Shortcut>,
 }
 
 struct XdpPart {
@@ -122,6 +134,10 @@ async fn climb_with(
 ) -> Result<Rung, HostError> {
     let Ground { netlink, tunnel, .. } = ground;
     let wish = wish_for_xdp(ground, pins);
+    let bridge = match wants_shortcut(ground) {
+        true => Some(shortcut::find(netlink, tunnel.own_subnet).await),
+        false => None,
+    };
     let mut pair = gro_pair::find(netlink, &tunnel.device, tunnel.mtu).await.ok();
     let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
     let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
@@ -139,11 +155,13 @@ async fn climb_with(
 
     match xdp {
         Ok(()) if probing => {
+            path.leave_bridge()?;
             let reason = format!("until traffic proves that XDP's marks arrive on {}", tunnel.underlay);
             tune(ground, path, &[(Feature::Gro, Switch::On)]);
             Ok(Rung { tier: Tier::Tc, reason })
         }
         Ok(()) => {
+            path.leave_bridge()?;
             if pair.take().is_some() {
                 load(ground, pins, &Parts { pair: None, probing }, slot)?.attach_all()?;
                 pins.remove_link(LinkPin::Gro)?;
@@ -158,14 +176,29 @@ async fn climb_with(
             Err(HostError::new(format!("bring up udp datapath xdp on {}", tunnel.underlay), why))
         }
         Err(why) => {
+            let why = match bridge {
+                None => why,
+                Some(Ok(bridge)) => {
+                    let path = load(ground, pins, &Parts { pair: None, probing: false }, slot)?;
+                    match path.pass_by(netlink, bridge).await {
+                        Ok(reason) => {
+                            gro_pair::remove(netlink, &tunnel.device).await?;
+                            tune(ground, path, &[]);
+                            return Ok(Rung { tier: Tier::TcBridge, reason: format!("{why}; {reason}") });
+                        }
+                        Err(e) => format!("{why}; no shortcut past the bridge: {e}"),
+                    }
+                }
+                Some(Err(e)) => format!("{why}; no shortcut past a bridge: {e}"),
+            };
             let pair = match gro_pair::ensure(netlink, &tunnel.device, tunnel.mtu).await {
                 Ok(pair) => Ok(pair),
                 Err(e) => Err(format!("{why}; without GRO pair: {e}")),
             };
             let path = load(ground, pins, &Parts { pair: pair.as_ref().ok(), probing: false }, slot)?;
             path.attach_tc()?;
-            path.xdp = None;
-            pins.remove_link(LinkPin::Xdp)?;
+            path.leave_xdp()?;
+            path.leave_bridge()?;
             tune(ground, path, &[]);
             Ok(match pair {
                 Ok(_) => Rung { tier: Tier::TcGro, reason: why },
@@ -210,6 +243,9 @@ fn wish_for_xdp(ground: &Ground<'_>, pins: &PinFolder) -> Result<(), String> {
     if options.datapath == Datapath::Tc {
         return Err("chosen by --udp-datapath=tc".to_owned());
     }
+    if wants_shortcut(ground) {
+        return Err(format!("{underlay} is a veth, over which packets stay whole in tc"));
+    }
     underlay::may_have_native_xdp(underlay, ground.underlay.kind.as_deref())?;
     if pins.is_xdp_disproved(ground.underlay.index) {
         return Err(format!(
@@ -217,6 +253,11 @@ fn wish_for_xdp(ground: &Ground<'_>, pins: &PinFolder) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Whether super-packets may come over the underlay whole, and nobody has chosen a tier.
+fn wants_shortcut(ground: &Ground<'_>) -> bool {
+    ground.tunnel.options.datapath == Datapath::Auto && ground.underlay.kind.as_deref() == Some("veth")
 }
 
 /// veth before 6.1 may lose the mark of frames redirected by XDP: there it is proven before anything depends on it.
@@ -262,6 +303,7 @@ fn load<'s>(
                 path.xdp = None;
             }
             path.device = device;
+            path.wants_shortcut = wants_shortcut(ground);
             path.underlay = underlay;
             path.pair = pair;
         }
@@ -285,6 +327,8 @@ fn load<'s>(
                 place: Place::default(),
                 xdp_taken: false,
                 tuned: Vec::new(),
+                wants_shortcut: wants_shortcut(ground),
+                shortcut: None,
             });
         }
     }
@@ -344,17 +388,17 @@ fn is_tuned(ethtool: &Ethtool, device: &str, (feature, wanted): (Feature, Switch
 impl KernelPath {
     fn ingress_hook(&self) -> Hook<'_> {
         let (device, ifindex) = (self.underlay.0.as_str(), self.underlay.1);
-        Hook { device, ifindex, side: Side::Ingress, pin: LinkPin::Ingress }
+        Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Ingress }
     }
 
     fn encap_hook(&self) -> Hook<'_> {
         let (device, ifindex) = (self.device.0.as_str(), self.device.1);
-        Hook { device, ifindex, side: Side::Egress, pin: LinkPin::Encap }
+        Hook { device, ifindex, side: Side::Egress, order: Order::First, pin: LinkPin::Encap }
     }
 
     fn gro_hook(pair: &GroPair) -> Hook<'_> {
         let (device, ifindex) = (pair.receiver.name.as_str(), pair.receiver.ifindex);
-        Hook { device, ifindex, side: Side::Ingress, pin: LinkPin::Gro }
+        Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Gro }
     }
 
     /// The far end of each redirect before what redirects to it.
@@ -366,10 +410,21 @@ impl KernelPath {
             }
         }
         let (underlay, device) = (self.underlay.clone(), self.device.clone());
-        let hook =
-            Hook { device: &underlay.0, ifindex: underlay.1, side: Side::Ingress, pin: LinkPin::Ingress };
+        let hook = Hook {
+            device: &underlay.0,
+            ifindex: underlay.1,
+            side: Side::Ingress,
+            order: Order::First,
+            pin: LinkPin::Ingress,
+        };
         self.programs.attach_tc(INGRESS, &hook, &self.pins)?;
-        let hook = Hook { device: &device.0, ifindex: device.1, side: Side::Egress, pin: LinkPin::Encap };
+        let hook = Hook {
+            device: &device.0,
+            ifindex: device.1,
+            side: Side::Egress,
+            order: Order::First,
+            pin: LinkPin::Encap,
+        };
         self.tc = self.programs.attach_tc(ENCAP, &hook, &self.pins)?;
         Ok(())
     }
@@ -387,6 +442,75 @@ impl KernelPath {
         };
         self.xdp = Some(XdpPart { program, proof });
         Ok(())
+    }
+
+    fn leave_xdp(&mut self) -> Result<(), Refusal> {
+        self.xdp = None;
+        self.pins.remove_link(LinkPin::Xdp)
+    }
+
+    fn bridge_hook(bridge: &PodBridge) -> Hook<'_> {
+        let (device, ifindex) = (bridge.name.as_str(), bridge.index);
+        Hook { device, ifindex, side: Side::Egress, order: Order::Last, pin: LinkPin::Bridge }
+    }
+
+    /// Takes the shortcut: the pods' ports are known before the program that looks them up is there, and it is there
+    /// before XDP and the GRO pair go. Says so in words.
+    async fn pass_by(&mut self, netlink: &Netlink, bridge: PodBridge) -> Result<String, HostError> {
+        if self.shortcut.as_ref().is_none_or(|shortcut| shortcut.bridge != bridge) {
+            self.leave_bridge()?;
+            self.shortcut = Some(Shortcut::new(netlink, bridge.clone())?);
+        }
+        if let Some(shortcut) = &mut self.shortcut {
+            shortcut.refresh(netlink, &mut self.maps).await?;
+        }
+        let attached = self.programs.attach_tc(BRIDGE, &Self::bridge_hook(&bridge), &self.pins);
+        if let Err(e) = attached.map(drop).and_then(|()| self.attach_tc()) {
+            self.leave_bridge()?;
+            return Err(e.into());
+        }
+        self.leave_xdp()?;
+        self.pins.remove_link(LinkPin::Gro)?;
+        self.pins.remove_link(LinkPin::Pass)?;
+        Ok(format!("packets pass {} by, to the pods' ports", bridge.name))
+    }
+
+    /// The bridge does its work again.
+    fn leave_bridge(&mut self) -> Result<(), Refusal> {
+        self.pins.remove_link(LinkPin::Bridge)?;
+        if let Some(shortcut) = self.shortcut.take() {
+            if self.tc == TcKind::Clsact {
+                programs::detach_clsact(BRIDGE, &Self::bridge_hook(&shortcut.bridge))?;
+            }
+            tracing::info!("{} is no longer passed by", shortcut.bridge.name);
+        }
+        shortcut::forget_pods(&mut self.maps)
+    }
+
+    /// Follows the pods of the bridge that is passed by, if one is; never returns. Cancel-safe.
+    pub(super) async fn follow_pods(&mut self, netlink: &Netlink) {
+        match &mut self.shortcut {
+            Some(shortcut) => shortcut.follow(netlink, &mut self.maps).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Is the shortcut taken where it may be, and only there?
+    ///
+    /// # Errors
+    /// What has changed.
+    pub(super) async fn check_shortcut(&self, netlink: &Netlink, tunnel: &Tunnel) -> Result<(), String> {
+        if !self.wants_shortcut {
+            return Ok(());
+        }
+        match (shortcut::find(netlink, tunnel.own_subnet).await, &self.shortcut) {
+            (Ok(bridge), Some(shortcut)) if bridge == shortcut.bridge => Ok(()),
+            (Ok(bridge), _) => Err(format!("{} may be passed by now", bridge.name)),
+            (Err(why), Some(shortcut)) => {
+                Err(format!("{} may not be passed by: {why}", shortcut.bridge.name))
+            }
+            (Err(_), None) => Ok(()),
+        }
     }
 
     fn attach_all(&mut self) -> Result<(), Refusal> {
@@ -441,6 +565,13 @@ impl KernelPath {
         if let Some(xdp) = &self.xdp {
             programs.check_xdp(xdp.program, self.underlay.1, pins)?;
         }
+        if let Some(shortcut) = &self.shortcut {
+            programs.check_tc(BRIDGE, self.tc, &Self::bridge_hook(&shortcut.bridge), pins)?;
+            // No event tells of these.
+            if let Err(why) = shortcut::is_unwatched(&shortcut.bridge.name) {
+                return Err(format!("{} may not be passed by: {why}", shortcut.bridge.name));
+            }
+        }
         let ahead = self.ahead();
         self.place.look(ahead, now)?;
         self.look_at_proof(now)
@@ -473,7 +604,7 @@ impl KernelPath {
             (INGRESS, &underlay, Side::Ingress, LinkPin::Ingress),
             (ENCAP, &device, Side::Egress, LinkPin::Encap),
         ] {
-            let hook = Hook { device, ifindex: *ifindex, side, pin };
+            let hook = Hook { device, ifindex: *ifindex, side, order: Order::First, pin };
             self.programs.attach_in_front(name, &hook, &self.pins)?;
         }
         tracing::info!("{ahead}: ours is in front again");
@@ -551,6 +682,10 @@ impl KernelPath {
 pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) -> Result<(), HostError> {
     let pins = PinFolder::new(bpffs, &tunnel.device);
     let mut result: Result<(), HostError> = Ok(());
+    for bridge in netlink.bridges().await? {
+        let left = leave_clsact(BRIDGE, &bridge.name, Side::Egress, LinkPin::Bridge);
+        result = result.and(left.map_err(HostError::from));
+    }
     let hooks = [
         (ENCAP, &tunnel.device, Side::Egress, LinkPin::Encap),
         (INGRESS, &tunnel.underlay, Side::Ingress, LinkPin::Ingress),
@@ -582,7 +717,9 @@ pub(super) fn leave_underlay(device: &str) -> Result<(), Refusal> {
 /// A device that is gone took its filters with it.
 fn leave_clsact(name: &'static str, device: &str, side: Side, pin: LinkPin) -> Result<(), Refusal> {
     match nix::net::if_::if_nametoindex(device) {
-        Ok(ifindex) => programs::detach_clsact(name, &Hook { device, ifindex, side, pin }),
+        Ok(ifindex) => {
+            programs::detach_clsact(name, &Hook { device, ifindex, side, order: Order::First, pin })
+        }
         Err(_) => Ok(()),
     }
 }

@@ -37,6 +37,7 @@ pub mod proof;
 pub mod remains;
 mod report;
 mod running;
+pub mod shortcut;
 pub mod underlay;
 pub mod userspace;
 
@@ -176,7 +177,8 @@ impl Tunnels {
             if self.tunnels.is_empty() {
                 std::future::pending::<()>().await;
             }
-            let heard = select_all(self.tunnels.values_mut().map(|running| Box::pin(running.heard())));
+            let Self { netlink, tunnels, .. } = self;
+            let heard = select_all(tunnels.values_mut().map(|running| Box::pin(running.heard(netlink))));
             tokio::select! {
                 (heard, ..) = heard => return News::Heard(heard),
                 () = tokio::time::sleep_until(self.next_look) => {}

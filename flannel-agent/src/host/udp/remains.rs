@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::programs::{self, ENCAP, GRO, Hook, INGRESS, LinkPin, PinFolder, Side, inspect};
+use super::programs::{self, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Side, inspect};
 use super::{gro_pair, ladder};
 use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink};
@@ -33,7 +33,7 @@ struct Filter {
 impl Filter {
     fn hook(&self) -> Hook<'_> {
         let pin = if self.program == ENCAP { LinkPin::Encap } else { LinkPin::Ingress };
-        Hook { device: &self.device, ifindex: self.ifindex, side: self.side, pin }
+        Hook { device: &self.device, ifindex: self.ifindex, side: self.side, order: Order::First, pin }
     }
 }
 
@@ -134,7 +134,8 @@ fn pair_of(link: &LinkInfo, links: &[LinkInfo]) -> Option<String> {
 
 /// Our filters, on whatever device. A qdisc that can't be asked holds none of ours.
 fn find_filters(links: &[LinkInfo]) -> Vec<Filter> {
-    let ours = [(ENCAP, Side::Egress), (INGRESS, Side::Ingress), (GRO, Side::Ingress)];
+    let ours =
+        [(ENCAP, Side::Egress), (INGRESS, Side::Ingress), (GRO, Side::Ingress), (BRIDGE, Side::Egress)];
     let mut filters = Vec::new();
     for link in links {
         for (program, side) in ours {

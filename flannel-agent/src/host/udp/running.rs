@@ -111,7 +111,7 @@ impl Running {
         self.refill()?;
         self.set_role(match rung.tier {
             Tier::Xdp => Role::Exceptions { udp_gro: UdpGro::Allowed },
-            Tier::TcGro | Tier::Tc => Role::Exceptions { udp_gro: UdpGro::Forbidden },
+            Tier::TcBridge | Tier::TcGro | Tier::Tc => Role::Exceptions { udp_gro: UdpGro::Forbidden },
             Tier::Tun => Role::WholePath,
         });
         self.tell_user_path();
@@ -247,6 +247,11 @@ impl Running {
             {
                 health = kernel.check_around(netlink, self.tunnel.mtu).await;
             }
+            if health.is_ok()
+                && let Some(kernel) = &self.kernel
+            {
+                health = kernel.check_shortcut(netlink, &self.tunnel).await;
+            }
             match health {
                 Ok(()) => items.push(HostItem::Tunnel(self.tunnel.clone())),
                 Err(reason) => {
@@ -344,11 +349,24 @@ impl Running {
         Ok(())
     }
 
-    /// Returns with what came of probes. Cancel-safe.
-    pub(super) async fn heard(&mut self) -> Vec<Heard> {
-        match &mut self.prober {
-            Some(prober) => prober.heard().await,
-            None => std::future::pending().await,
+    /// Returns with what came of probes, and meanwhile follows the pods that packets are passed on to. Cancel-safe.
+    pub(super) async fn heard(&mut self, netlink: &Netlink) -> Vec<Heard> {
+        let Self { prober, kernel, .. } = self;
+        let hearing = async {
+            match prober {
+                Some(prober) => prober.heard().await,
+                None => std::future::pending().await,
+            }
+        };
+        let following = async {
+            if let Some(kernel) = kernel {
+                kernel.follow_pods(netlink).await;
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            heard = hearing => heard,
+            never = following => never,
         }
     }
 

@@ -15,11 +15,14 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use aya::Ebpf;
+use aya::maps::xdp::XdpMapError;
 use aya::maps::{
-    HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap, PerCpuValues,
+    DevMapHash, HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap,
+    PerCpuValues,
 };
 use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
 use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey};
+use flannel_common::pod::{MAX_PODS, PodKey, PortIndex};
 
 use super::errno::Refusal;
 use super::programs::PinFolder;
@@ -41,7 +44,7 @@ pub struct MapShape {
 pub const PEERS_PIN: &str = "peers";
 
 /// Every map of the object that is pinned.
-pub const SHAPES: [MapShape; 4] = [
+pub const SHAPES: [MapShape; 6] = [
     MapShape {
         name: "PEERS",
         pin: PEERS_PIN,
@@ -73,6 +76,22 @@ pub const SHAPES: [MapShape; 4] = [
         key: size_of::<PeerDrop>() as u32,
         value: 8,
         entries: MAX_PEER_DROPS,
+    },
+    MapShape {
+        name: "PODS",
+        pin: "pods",
+        kind: MapType::Hash,
+        key: size_of::<PodKey>() as u32,
+        value: size_of::<PortIndex>() as u32,
+        entries: MAX_PODS,
+    },
+    MapShape {
+        name: "PORTS",
+        pin: "ports",
+        kind: MapType::DevMapHash,
+        key: size_of::<PortIndex>() as u32,
+        value: 8,
+        entries: MAX_PODS,
     },
 ];
 
@@ -124,6 +143,8 @@ pub struct Maps {
     counters: PerCpuArray<MapData, Count>,
     peer_counters: PerCpuArray<MapData, PeerCount>,
     peer_drops: PerCpuHashMap<MapData, PeerDrop, u64>,
+    pods: HashMap<MapData, PodKey, PortIndex>,
+    ports: DevMapHash<MapData>,
     indexes: Indexes,
     /// Of all entries of `peers`, as they were last seen or written by us.
     digest: u64,
@@ -146,6 +167,8 @@ impl Maps {
             counters: PerCpuArray::try_from(take(1)?).map_err(wrong)?,
             peer_counters: PerCpuArray::try_from(take(2)?).map_err(wrong)?,
             peer_drops: PerCpuHashMap::try_from(take(3)?).map_err(wrong)?,
+            pods: HashMap::try_from(take(4)?).map_err(wrong)?,
+            ports: DevMapHash::try_from(take(5)?).map_err(wrong)?,
             indexes: Indexes::default(),
             digest: 0,
         };
@@ -188,8 +211,15 @@ impl Maps {
         SHAPES.iter().find(|shape| !pins.map(shape.pin).exists()).map(|shape| shape.name)
     }
 
-    fn data(&self) -> [&MapData; 4] {
-        [self.peers.map(), self.counters.map(), self.peer_counters.map(), self.peer_drops.map()]
+    fn data(&self) -> [&MapData; 6] {
+        [
+            self.peers.map(),
+            self.counters.map(),
+            self.peer_counters.map(),
+            self.peer_drops.map(),
+            self.pods.map(),
+            self.ports.map(),
+        ]
     }
 
     /// Base address of each subnet, and its node.
@@ -339,6 +369,42 @@ impl Maps {
         drops
     }
 
+    /// Makes the pods' ports these and no others. A port that has gone in the meantime is left out.
+    ///
+    /// # Errors
+    /// The kernel refuses to read or write the maps.
+    pub fn set_pods(&mut self, wanted: &BTreeMap<PodKey, PortIndex>) -> Result<(), Refusal> {
+        let failed = |e: MapError| Refusal::from_map("write the map of pods", &e);
+        let mut present = BTreeMap::new();
+        for entry in self.pods.iter() {
+            let (key, port) = entry.map_err(failed)?;
+            present.insert(key, port);
+        }
+        for key in present.keys().filter(|key| !wanted.contains_key(*key)) {
+            ignore_missing(self.pods.remove(key)).map_err(failed)?;
+        }
+        let needed: BTreeSet<PortIndex> = wanted.values().copied().collect();
+        let known: BTreeSet<PortIndex> = self.ports.keys().filter_map(Result::ok).collect();
+        for port in known.difference(&needed) {
+            ignore_missing(self.ports.remove(*port)).map_err(failed)?;
+        }
+        for port in needed.difference(&known) {
+            match self.ports.insert(*port, *port, None, 0) {
+                Ok(()) => {}
+                Err(XdpMapError::MapError(MapError::SyscallError(e))) if is_gone(&e.io_error) => {}
+                Err(XdpMapError::MapError(e)) => return Err(failed(e)),
+                // No program is chained to a port.
+                Err(e @ XdpMapError::ChainedProgramNotSupported) => {
+                    return Err(Refusal::new("write the map of ports", e.to_string()));
+                }
+            }
+        }
+        for (key, port) in wanted.iter().filter(|(key, port)| present.get(*key) != Some(*port)) {
+            self.pods.insert(*key, port, 0).map_err(failed)?;
+        }
+        Ok(())
+    }
+
     /// Takes the peers of another layout version's map over, so that the programs about to be attached know them all:
     /// every version's key is the subnet, and every version's value begins with the node. They leave by `ifindex` until
     /// the agent says otherwise. A map that has peers already is left alone.
@@ -365,6 +431,11 @@ impl Maps {
 
 fn digest(entries: &BTreeMap<Ipv4Addr, Peer>) -> u64 {
     entries.iter().fold(0, |sum, (subnet, peer)| sum ^ batch::digest(to_wire(*subnet), peer))
+}
+
+/// What the kernel says to the index of an interface that does not exist.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV))
 }
 
 fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {

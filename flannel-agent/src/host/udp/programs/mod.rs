@@ -35,6 +35,8 @@ const BPF_TCX_EGRESS: u32 = 47;
 pub const ENCAP: &str = "flannel_encap";
 /// tc ingress of the underlay.
 pub const INGRESS: &str = "flannel_ingress";
+/// tc egress of the pods' bridge.
+pub const BRIDGE: &str = "flannel_bridge";
 /// tc ingress of the GRO pair's receiving end.
 pub const GRO: &str = "flannel_gro";
 /// XDP of the underlay.
@@ -81,7 +83,24 @@ pub struct Hook<'a> {
     pub device: &'a str,
     pub ifindex: u32,
     pub side: Side,
+    pub order: Order,
     pub pin: LinkPin,
+}
+
+/// Where in the line of programs at a tcx hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    First,
+    Last,
+}
+
+impl Order {
+    fn tcx(self) -> LinkOrder {
+        match self {
+            Self::First => LinkOrder::first(),
+            Self::Last => LinkOrder::last(),
+        }
+    }
 }
 
 /// How classifiers are attached on this kernel.
@@ -130,7 +149,7 @@ impl Programs {
         self.settings
     }
 
-    /// Hangs a tc program on its hook: first in line, or in place of the version that is there.
+    /// Hangs a tc program on its hook: in its order, or in place of the version that is there.
     ///
     /// # Errors
     /// No such interface, missing permission, a foreign filter at our place.
@@ -163,7 +182,7 @@ impl Programs {
             }
             Adopted::Nothing => {}
         }
-        let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let order = TcAttachOptions::TcxOrder(hook.order.tcx());
         match program.attach_with_options(hook.device, hook.side.tc(), order) {
             Ok(id) => {
                 let link = program.take_link(id).map_err(|e| Refusal::from_program(doing(), &e))?;

@@ -45,6 +45,7 @@ pub enum LinkPin {
     Ingress,
     Xdp,
     Gro,
+    Bridge,
     /// XDP program that does nothing but switch the GRO pair's NAPI on (kernels before 5.13).
     Pass,
 }
@@ -56,6 +57,7 @@ impl LinkPin {
             Self::Ingress => "link_ingress",
             Self::Xdp => "link_xdp",
             Self::Gro => "link_gro",
+            Self::Bridge => "link_bridge",
             Self::Pass => "link_pass",
         }
     }

@@ -1,0 +1,175 @@
+//! The shortcut past the pods' bridge, which `auto` takes where nodes are joined by veth and nothing on the bridge would be
+//! passed by that somebody relies on.
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use flannel_tests::{
+    agent::AgentOptions,
+    probe::{ping::Ping, tcp::TcpPath},
+    scenario::scenario,
+    topology::{Lab, PodLink},
+};
+use libtest_mimic::Trial;
+
+/// A second, and some for a busy machine.
+const SOON: Duration = Duration::from_secs(5);
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        scenario("super_packets_pass_the_bridge_by_and_pods_may_come_and_go", Lab::new("shortcut"), pods),
+        scenario(
+            "what_watches_the_bridge_ends_the_shortcut_until_it_goes",
+            Lab::new("shortcut-legal"),
+            legal,
+        ),
+        scenario("the_shortcut_outlives_the_agent_and_cleanup_ends_it", Lab::new("shortcut-agent"), agent),
+        scenario("routed_pods_need_no_shortcut", Lab::new("shortcut-routed").pods(PodLink::Routed), routed),
+    ]
+}
+
+fn bring_up(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["auto"; 2])?;
+    for index in 0..2 {
+        wait_path(lab, index, "tc+bridge")?;
+    }
+    Ok(())
+}
+
+/// Waits until the host's tunnel says this tier.
+fn wait_path(lab: &Lab, index: usize, path: &str) -> Result<()> {
+    lab.host(index).agent()?.wait_status(path, |status| status.path() == path).map(drop)
+}
+
+/// Bytes of an average packet that the second host's pod took in while 20 MB came.
+fn average_received(lab: &Lab) -> Result<u64> {
+    let (a, b) = (lab.host(0).pod()?, lab.host(1).pod()?);
+    let count = |name: &str| -> Result<u64> {
+        let text = b.netns.ip("-s -j link show dev eth0")?;
+        let json: serde_json::Value = serde_json::from_str(&text)?;
+        json[0]["stats64"]["rx"][name].as_u64().with_context(|| format!("no {name} in {text}"))
+    };
+    let before = (count("bytes")?, count("packets")?);
+    let address = SocketAddrV4::new(b.address, 5001);
+    TcpPath::new(&a.netns, &b.netns, address).transfer(20 << 20)?;
+    let (bytes, packets) = (count("bytes")? - before.0, count("packets")? - before.1);
+    ensure!(bytes > 20 << 20, "only {bytes} bytes arrived at the pod's device");
+    Ok(bytes / packets.max(1))
+}
+
+fn pods(lab: &mut Lab) -> Result<()> {
+    bring_up(lab)?;
+    lab.ping_all_pairs(3)?;
+    let average = average_received(lab)?;
+    ensure!(average > 5000, "packets of {average} bytes on average reach the pod: somebody splits them");
+    let status = lab.host(1).status()?;
+    ensure!(status.reasons().contains("packets pass cni0 by"), "{}", status.reasons());
+
+    // A pod goes, and comes back on another port with the MAC address it had.
+    let host = lab.host(1);
+    let pod = host.pod()?;
+    let mac = pod.netns.mac("eth0")?;
+    let address = format!("{}/24", pod.address);
+    host.netns().ip(&format!("link del dev {}", pod.port))?;
+    host.netns().ip(&format!(
+        "link add again0 mtu 1472 type veth peer name eth0 mtu 1472 netns {}",
+        pod.netns.path()
+    ))?;
+    host.netns().ip("link set again0 master cni0 up")?;
+    pod.netns.ip(&format!("link set eth0 address {mac}"))?;
+    pod.netns.ip(&format!("addr add {address} dev eth0"))?;
+    pod.netns.ip("link set eth0 up")?;
+    pod.netns.ip(&format!("route add default via {}", pod.gateway))?;
+    answers(lab)?;
+    lab.ping_all_pairs(5)
+}
+
+/// Until the pod of the first host reaches that of the second again; a bridge opens a new port when its link watcher finds
+/// the time.
+fn answers(lab: &Lab) -> Result<()> {
+    let (a, b) = (lab.host(0).pod()?, lab.host(1).pod()?);
+    let started = Instant::now();
+    while Ping::new(&a.netns, b.address).count(1).option("-W0.2").run()?.lost() > 0 {
+        ensure!(started.elapsed() < SOON, "the pod does not answer");
+    }
+    Ok(())
+}
+
+fn legal(lab: &mut Lab) -> Result<()> {
+    bring_up(lab)?;
+    let subnet = lab.host(1).agent()?.subnet_env()?;
+    let second = Ipv4Addr::from(u32::from(subnet.gateway) + 99);
+    let other = format!("ip addr add {second}/{} dev br9", subnet.prefix);
+    lab.host(1).netns().ip("link add br9 type bridge")?;
+    for (on, off, reason) in [
+        (
+            "nft add table bridge watch",
+            "nft delete table bridge watch",
+            "nftables tables of the bridge family",
+        ),
+        (other.as_str(), "ip link del dev br9", "more than one bridge has an address in"),
+    ] {
+        lab.host(1).netns().output(on)?;
+        wait_path(lab, 1, "tc+gro").with_context(|| on.to_owned())?;
+        let reasons = lab.host(1).status()?.reasons();
+        ensure!(reasons.contains(reason), "{reasons}");
+        lab.ping_all_pairs(2)?;
+        lab.host(1).netns().output(off)?;
+        // Nothing tells of a table that goes; the next look at the host does.
+        if on.starts_with("nft") {
+            lab.host(1).netns().ip("link set cni0 txqueuelen 999")?;
+        }
+        wait_path(lab, 1, "tc+bridge").with_context(|| off.to_owned())?;
+        lab.ping_all_pairs(2)?;
+    }
+    // Another program that looks at what leaves for the bridge goes first, and has the last word.
+    let host = lab.host(1);
+    host.netns().output("tc qdisc add dev cni0 clsact")?;
+    lab.ping_all_pairs(2)
+}
+
+fn agent(lab: &mut Lab) -> Result<()> {
+    bring_up(lab)?;
+    lab.host_mut(1).agent_mut()?.crash()?;
+    lab.ping_all_pairs(5)?;
+    let average = average_received(lab)?;
+    ensure!(average > 5000, "without the agent packets of {average} bytes on average reach the pod");
+    let options = AgentOptions::new()?.datapath("auto");
+    lab.host_mut(1).start_agent(&options)?;
+    wait_path(lab, 1, "tc+bridge")?;
+    lab.ping_all_pairs(2)?;
+    // A tier that was chosen by hand takes no shortcut.
+    let options = AgentOptions::new()?.datapath("tc");
+    lab.host_mut(1).start_agent(&options)?;
+    wait_path(lab, 1, "tc+gro")?;
+    lab.ping_all_pairs(2)?;
+    let pins = lab.host(1).bpffs().context("no bpffs was mounted")?;
+    if walk(pins)?.iter().any(|name| name == "link_bridge") {
+        bail!("the program on the bridge is still pinned");
+    }
+    Ok(())
+}
+
+fn walk(folder: &std::path::Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            names.extend(walk(&path)?);
+        }
+        names.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
+fn routed(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["auto"; 2])?;
+    lab.ping_all_pairs(3)?;
+    let status = lab.host(0).status()?;
+    ensure!(status.path() == "tc+gro", "{}", status.reasons());
+    ensure!(status.reasons().contains("no bridge has an address in"), "{}", status.reasons());
+    Ok(())
+}
