@@ -186,7 +186,7 @@ fn frags_to_plain(lab: &mut Lab) -> Result<()> {
 }
 
 fn fixed(lab: &mut Lab) -> Result<()> {
-    let options = AgentOptions::new()?;
+    let options = AgentOptions::new()?.datapath("ebpf");
     lab.datastore().put_config(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp","MTU":1400}}"#)?;
     let flag = options.clone().env("FLANNELD_UDP_MTU", "1300");
     lab.bring_up_with(&[options.clone(), flag])?;
