@@ -22,7 +22,7 @@
 //! | [`agent`], [`startup`] | the loop, and the steps before it | the traits of the three above |
 //! | [`cli`], [`subnet_env`] | flags; subnet.env | domain |
 //! | [`health`], [`status`] | what others may ask | – |
-//! | [`commands`] | put the parts together | everything |
+//! | [`commands`] | put the parts together; `status` and `top` for people | everything |
 //!
 //! `cargo xtask check` reads the `crate::` paths and fails when a row is broken.
 //!

@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             ExitCode::from(code)
         }
         Parsed::Command(Command::Status(command)) => on_runtime(commands::status::run(&command)),
+        Parsed::Command(Command::Top(command)) => on_runtime(commands::top::run(&command)),
         Parsed::Command(Command::Cleanup(command)) => on_runtime(commands::cleanup::run(&command)),
         Parsed::Daemon(settings) => {
             memory::give_back_what_is_freed();

@@ -30,6 +30,10 @@ pub struct Status {
     pub subnet: String,
     /// Seconds until the lease runs out; absent for a reservation.
     pub lease_expires_in: Option<u64>,
+    /// Seconds since this agent took the lease, or took it over from an earlier run.
+    pub lease_held_for: u64,
+    /// Seconds since it was taken or renewed last.
+    pub lease_renewed_ago: u64,
     pub backend: String,
     /// MTU for pods, in bytes.
     pub mtu: u32,

@@ -104,7 +104,7 @@ impl<H: Host> Agent<H> {
     pub fn new(node: Node, host: H, options: AgentOptions, health: Health) -> Self {
         let peers = no_peers(&node);
         let paths = PathMtus::new(node.backend.probed_mtu(), options.path_mtu_lifetime);
-        let tenure = Tenure::new(node.store.clone(), options.renew_margin);
+        let tenure = Tenure::new(node.store.clone(), options.renew_margin, now());
         health.wait("watch", "the other nodes' leases are not known yet");
         health.wait("host", "the host is not set up yet");
         health.wait("subnet.env", "subnet.env is not written yet");
@@ -426,6 +426,8 @@ impl<H: Host> Agent<H> {
             lease: lease.subnets.to_string(),
             subnet: cidr(lease.subnets),
             lease_expires_in: lease.expires.map(|expires| expires.saturating_duration_since(now()).as_secs()),
+            lease_held_for: self.tenure.held_for(now()).as_secs(),
+            lease_renewed_ago: self.tenure.renewed_ago(now()).as_secs(),
             backend: config.backend.name().to_owned(),
             mtu: self.node.backend.mtu(),
             mtu_reason: self.node.backend.mtu_reason(),

@@ -27,6 +27,10 @@ pub(super) struct Tenure {
     margin: Duration,
     next: Next,
     failures: u32,
+    /// When this agent took the lease, or took it over.
+    held_since: Instant,
+    /// When the store took its end anew, last.
+    renewed: Instant,
     /// The store does not say yet what is published of this node now.
     outdated: bool,
 }
@@ -66,8 +70,27 @@ pub(super) enum Turn {
 }
 
 impl Tenure {
-    pub(super) fn new(store: Arc<dyn LeaseStore>, margin: Duration) -> Self {
-        Self { store, margin, next: Next::Nothing, failures: 0, outdated: false }
+    /// Of a lease that was taken just now.
+    pub(super) fn new(store: Arc<dyn LeaseStore>, margin: Duration, now: Instant) -> Self {
+        Self {
+            store,
+            margin,
+            next: Next::Nothing,
+            failures: 0,
+            held_since: now,
+            renewed: now,
+            outdated: false,
+        }
+    }
+
+    /// How long this agent has held the lease without a break.
+    pub(super) fn held_for(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.held_since)
+    }
+
+    /// How long ago it was taken or renewed last.
+    pub(super) fn renewed_ago(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.renewed)
     }
 
     /// What the others must know of us has changed: the lease is written again, at once or after the question that is
@@ -144,6 +167,10 @@ impl Tenure {
             }
             Event::Answer { result: Ok(lease), retake } => {
                 self.next = Next::Nothing;
+                self.renewed = now;
+                if retake {
+                    self.held_since = now;
+                }
                 if lease.attrs.names_the_node_of(&node.backend.lease_attrs()) {
                     self.outdated = false;
                     self.begin(&lease, now);

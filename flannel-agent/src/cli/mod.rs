@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, FromArgMatches};
 
@@ -61,21 +62,58 @@ pub enum Stream {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     Status(StatusCommand),
+    Top(TopCommand),
     Cleanup(CleanupCommand),
 }
 
 /// First words that are subcommands.
-const SUBCOMMANDS: [&str; 4] = ["status", "cleanup", "version", "help"];
+const SUBCOMMANDS: [&str; 5] = ["status", "top", "cleanup", "version", "help"];
 
 /// What the running agent is doing
+///
+/// Without an agent, what the kernel goes on doing by the pinned programs and maps, which takes root. Exit code 0: an
+/// agent answered. 3: none did, and tunnels or routes carry on without it. 1: neither.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct StatusCommand {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub at: LookAt,
+}
+
+/// Where there is something to be seen.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct LookAt {
     /// Socket of the agent, its --status-socket
     #[arg(long, value_name = "PATH", default_value = STATUS_SOCKET)]
     pub socket: PathBuf,
+    /// Where it pinned programs and maps, its --bpffs-path: looked at while no agent answers
+    #[arg(long, value_name = "DIR", default_value = BPFFS_PATH)]
+    pub bpffs_path: PathBuf,
+}
+
+/// The traffic with each peer, again and again, busiest first
+///
+/// On a terminal until Ctrl-C; else one page after the other. Goes on without an agent as `status` does.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct TopCommand {
+    /// Seconds between two looks, 0.1 to 3600
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    pub interval: Duration,
+    /// End after this many pages
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
+    #[command(flatten)]
+    pub at: LookAt,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "a number of seconds is wanted, such as 0.5".to_owned())?;
+    if !(0.1..=3600.0).contains(&seconds) {
+        return Err("from 0.1 to 3600 seconds are possible".to_owned());
+    }
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 /// Remove from this host what the agent has put there: routes, programs, maps, devices
@@ -172,6 +210,7 @@ fn command(matches: &clap::ArgMatches) -> Option<Command> {
     let (name, matches) = matches.subcommand()?;
     match name {
         "status" => StatusCommand::from_arg_matches(matches).ok().map(Command::Status),
+        "top" => TopCommand::from_arg_matches(matches).ok().map(Command::Top),
         "cleanup" => CleanupCommand::from_arg_matches(matches).ok().map(Command::Cleanup),
         _ => None,
     }
@@ -181,6 +220,7 @@ fn subcommands(program: &str) -> clap::Command {
     clap::Command::new(program.to_owned())
         .term_width(100)
         .subcommand(StatusCommand::augment_args(clap::Command::new("status")))
+        .subcommand(TopCommand::augment_args(clap::Command::new("top")))
         .subcommand(CleanupCommand::augment_args(clap::Command::new("cleanup")))
         .subcommand(clap::Command::new("version").about("Print the version"))
 }
@@ -349,6 +389,7 @@ fn help(program: &str) -> String {
         format!(
             "\nCommands, as the first word:\n  \
              {program} status [--json] [--socket PATH]   what the running agent is doing\n  \
+             {program} top [--interval SECONDS]          the traffic with each peer, again and again\n  \
              {program} cleanup [--dry-run]               remove what the agent put on this host\n  \
              {program} version                           print the version\n  \
              {program} help [COMMAND]                    this text, or a command's\n"

@@ -2,4 +2,7 @@
 
 pub mod cleanup;
 pub mod daemon;
+mod sight;
 pub mod status;
+pub mod top;
+mod wording;

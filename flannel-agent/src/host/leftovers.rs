@@ -76,7 +76,10 @@ pub async fn find(netlink: &Netlink, bpffs: &Path) -> Result<Vec<Leftover>, Host
 }
 
 /// The routes of our protocol and shape.
-async fn routes(netlink: &Netlink, links: &[LinkInfo]) -> Result<Vec<Leftover>, HostError> {
+///
+/// # Errors
+/// The kernel does not answer.
+pub async fn routes(netlink: &Netlink, links: &[LinkInfo]) -> Result<Vec<Leftover>, HostError> {
     let routes = netlink.routes(Some(ROUTE_PROTOCOL)).await?;
     Ok(routes
         .into_iter()

@@ -4,6 +4,7 @@
 //! brings in.
 
 mod configuration;
+mod looks;
 mod narrow;
 mod offloads;
 mod others;
@@ -23,6 +24,7 @@ const TIERS: [&str; 3] = ["xdp", "tc", "tun"];
 fn main() -> ExitCode {
     let mut trials = tiers::trials();
     trials.extend(paths::trials());
+    trials.extend(looks::trials());
     trials.extend(narrow::trials());
     trials.extend(services::trials());
     trials.extend(shortcut::trials());

@@ -56,7 +56,7 @@ fn without_flags_everything_has_flanneld_defaults() {
             selectors: vec![],
             public: PublicAddresses::default(),
             subnet_file: "/run/flannel/subnet.env".into(),
-            renew_margin: std::time::Duration::from_secs(3600),
+            renew_margin: Duration::from_secs(3600),
             healthz: None,
             status_socket: Some("/run/flannel/status.sock".into()),
             tunnel: TunnelOptions::default(),
@@ -98,7 +98,7 @@ fn every_flag_reaches_its_setting() {
             ],
             public: PublicAddresses { v4: "192.0.2.1".parse().ok(), v6: "2001:db8::1".parse().ok() },
             subnet_file: "/s.env".into(),
-            renew_margin: std::time::Duration::from_secs(16 * 60),
+            renew_margin: Duration::from_secs(16 * 60),
             healthz: Some("[::1]:4408".parse().unwrap()),
             status_socket: Some("/s.sock".into()),
             tunnel: TunnelOptions {
@@ -292,8 +292,9 @@ fn an_error_is_followed_by_where_to_look() {
 
 #[test]
 fn subcommands_are_for_the_agents_own_name() {
+    let at = |socket: &str| LookAt { socket: socket.into(), bpffs_path: "/sys/fs/bpf".into() };
     let status =
-        |json, socket: &str| Parsed::Command(Command::Status(StatusCommand { json, socket: socket.into() }));
+        |json, socket: &str| Parsed::Command(Command::Status(StatusCommand { json, at: at(socket) }));
     for (text, wanted) in [
         ("flannel-agent status", status(false, "/run/flannel/status.sock")),
         ("flannel-agent status --json", status(true, "/run/flannel/status.sock")),
@@ -301,6 +302,24 @@ fn subcommands_are_for_the_agents_own_name() {
         ("FLANNELD_V=nonsense flannel-agent status --socket=/x", status(false, "/x")),
     ] {
         assert_eq!(line(text), wanted, "{text}");
+    }
+    let top = |millis, count| {
+        let interval = Duration::from_millis(millis);
+        Parsed::Command(Command::Top(TopCommand { interval, count, at: at("/run/flannel/status.sock") }))
+    };
+    for (text, wanted) in [
+        ("flannel-agent top", top(1000, None)),
+        ("flannel-agent top --interval=0.25 --count 2", top(250, Some(2))),
+    ] {
+        assert_eq!(line(text), wanted, "{text}");
+    }
+    for text in [
+        "flannel-agent top --interval=0",
+        "flannel-agent top --interval=nan",
+        "flannel-agent top --interval=1h",
+        "flannel-agent top --count=0",
+    ] {
+        assert_eq!(printed(text).2, 2, "{text}");
     }
     let cleanup = |dry_run, socket: &str, bpffs_path: &str| {
         let (socket, bpffs_path) = (socket.into(), bpffs_path.into());
@@ -341,7 +360,7 @@ fn subcommands_are_for_the_agents_own_name() {
         ),
         (
             "flannel-agent nonsense",
-            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, cleanup, version and help as the first word",
+            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, top, cleanup, version and help as the first word",
         ),
         (
             "flanneld status",

@@ -533,7 +533,7 @@ impl KernelPath {
     }
 
     fn seen(&self) -> Seen {
-        let packets = |counter| self.maps.count(counter).packets;
+        let packets = |counter| self.maps.open().count(counter).packets;
         Seen {
             sent: packets(Counter::DecapXdp).wrapping_add(packets(Counter::MarkSent)),
             marked: packets(Counter::MarkSeen),

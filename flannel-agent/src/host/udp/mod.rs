@@ -18,6 +18,7 @@
 //! | `prober` | how large a packet a path carries |
 //! | [`proof`] | whether XDP's marks arrive |
 //! | [`remains`] | what is left of tunnels, for `cleanup` |
+//! | [`unattended`] | what tunnels do while no agent runs, for `status` |
 //! | [`userspace`] | the tunnel without BPF |
 //!
 //! Links and maps are pinned: packets flow on when the agent ends, however it ends, and [`Tunnels::put`] of the next
@@ -38,6 +39,7 @@ pub mod remains;
 mod report;
 mod running;
 pub mod shortcut;
+pub mod unattended;
 pub mod underlay;
 pub mod userspace;
 

@@ -5,8 +5,6 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Instant;
 
-use flannel_common::counter::Counter;
-use flannel_common::peer::PeerCount;
 use ipnet::Ipv4Net;
 
 use super::errno::Refusal;
@@ -14,8 +12,8 @@ use super::ladder::{self, Ground, KernelPath, Rung, Tier};
 use super::maps::{Towards, from_wire};
 use super::prober::Prober;
 use super::programs::PinFolder;
-use super::report::{PeerReport, Tally, TunnelReport};
-use super::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig, monotonic_now};
+use super::report::{Ledger, TunnelReport};
+use super::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
 use crate::domain::host_state::{Datapath, HostItem, Tunnel, TunnelPeer};
 use crate::domain::path_mtu::{Heard, Probe};
 use crate::host::HostError;
@@ -169,7 +167,7 @@ impl Running {
     /// What an earlier agent left in the map is in use until someone says otherwise.
     fn adopt_peers(&mut self, tunnel: &Tunnel) -> Result<(), Refusal> {
         let Some(kernel) = &self.kernel else { return Ok(()) };
-        for (base, peer) in kernel.maps.entries()? {
+        for (base, peer) in kernel.maps.open().entries()? {
             if let Ok(subnet) = Ipv4Net::new(base, tunnel.own_subnet.prefix_len()) {
                 self.peers.entry(subnet).or_insert_with(|| from_wire(peer.node));
                 self.adopted = true;
@@ -182,7 +180,7 @@ impl Running {
     /// are put again with their next hop of that time.
     fn refill(&mut self) -> Result<(), Refusal> {
         let Some(kernel) = &self.kernel else { return Ok(()) };
-        let entries = kernel.maps.entries()?;
+        let entries = kernel.maps.open().entries()?;
         let before = self.peers.len();
         self.peers.retain(|subnet, _| entries.contains_key(&subnet.network()));
         self.adopted |= self.peers.len() != before;
@@ -264,7 +262,7 @@ impl Running {
         }
         let entries = match &mut self.kernel {
             None => None,
-            Some(kernel) => match kernel.maps.entries() {
+            Some(kernel) => match kernel.maps.open().entries() {
                 Ok(entries) => {
                     kernel.maps.accept(&entries);
                     Some(entries)
@@ -378,7 +376,7 @@ impl Running {
             .map(|subnet| {
                 self.peers.get(subnet)?;
                 let in_kernel =
-                    self.kernel.as_ref().and_then(|kernel| kernel.maps.count_of(subnet.network()));
+                    self.kernel.as_ref().and_then(|kernel| kernel.maps.open().count_of(subnet.network()));
                 let in_user = user.get(subnet).map_or(0, |count| count.traffic.tx_packets);
                 Some(in_kernel.unwrap_or_default().tx_packets.wrapping_add(in_user))
             })
@@ -388,60 +386,15 @@ impl Running {
     pub(super) fn report(&self) -> Option<TunnelReport> {
         let rung = self.rung.as_ref()?;
         let user = self.user.as_ref().map(|user| user.path.counters());
-        let in_kernel = self.kernel.as_ref().map(|kernel| kernel.maps.counts());
-        let mut counters = BTreeMap::new();
-        for counter in Counter::ALL {
-            let of = |counts: Option<&Vec<flannel_common::counter::Count>>| {
-                counts.and_then(|counts| counts.get(*counter as usize)).copied().unwrap_or_default()
-            };
-            let (a, b) = (of(in_kernel.as_ref()), of(user.as_ref().map(|user| &user.counts)));
-            let tally =
-                Tally { packets: a.packets.wrapping_add(b.packets), bytes: a.bytes.wrapping_add(b.bytes) };
-            counters.insert(counter.name().to_owned(), tally);
-        }
-        let entries = self.kernel.as_ref().and_then(|kernel| kernel.maps.entries().ok()).unwrap_or_default();
-        let mut dropped = self.kernel.as_ref().map(|kernel| kernel.maps.peer_drops()).unwrap_or_default();
-        let now = monotonic_now();
-        let peers = self
-            .peers
-            .iter()
-            .map(|(subnet, node)| {
-                let entry = entries.get(&subnet.network());
-                let in_kernel = match (&self.kernel, entry) {
-                    (Some(kernel), Some(peer)) => kernel.maps.peer_count(peer.index),
-                    _ => PeerCount::default(),
-                };
-                let in_user =
-                    user.as_ref().and_then(|user| user.peers.get(subnet)).cloned().unwrap_or_default();
-                let count = in_kernel.and(&in_user.traffic);
-                let mut drops = entry.and_then(|peer| dropped.remove(&peer.index)).unwrap_or_default();
-                for (reason, packets) in in_user.drops {
-                    *drops.entry(reason).or_default() += packets;
-                }
-                PeerReport {
-                    subnet: *subnet,
-                    node: *node,
-                    path_mtu: None,
-                    path_mtu_reason: None,
-                    tx_packets: count.tx_packets,
-                    tx_bytes: count.tx_bytes,
-                    rx_packets: count.rx_packets,
-                    rx_bytes: count.rx_bytes,
-                    drops: drops
-                        .into_iter()
-                        .map(|(reason, packets)| (reason.name().to_owned(), packets))
-                        .collect(),
-                    last_seen_ms_ago: age_in_ms(count.last_seen, now),
-                }
-            })
-            .collect();
+        let ledger =
+            Ledger { kernel: self.kernel.as_ref().map(|kernel| kernel.maps.open()), user: user.as_ref() };
         Some(TunnelReport {
             device: self.tunnel.device.clone(),
             underlay: self.tunnel.underlay.clone(),
             tier: rung.tier,
             reason: self.reason(rung),
-            counters,
-            peers,
+            counters: ledger.counters(),
+            peers: ledger.peers(self.peers.iter().map(|(subnet, node)| (*subnet, *node))),
         })
     }
 
@@ -492,11 +445,6 @@ fn towards(node: Ipv4Addr, next_hop: &Result<NextHop, HostError>) -> Result<Towa
         Ok(hop) => Ok(Towards { node, ifindex: hop.ifindex }),
         Err(e) => Err(e.to_string()),
     }
-}
-
-/// Since a moment that the data path noted; the tick it noted may be a little ahead of what we read.
-fn age_in_ms(last_seen: u64, now: u64) -> Option<u64> {
-    (last_seen != 0).then(|| now.saturating_sub(last_seen) / 1_000_000)
 }
 
 fn distinct(nodes: impl Iterator<Item = Ipv4Addr>) -> Vec<Ipv4Addr> {

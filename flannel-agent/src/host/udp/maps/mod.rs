@@ -7,6 +7,7 @@
 
 mod batch;
 mod foreign;
+mod open;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,13 +18,13 @@ use std::path::Path;
 use aya::Ebpf;
 use aya::maps::xdp::XdpMapError;
 use aya::maps::{
-    DevMapHash, HashMap, IterableMap as _, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap,
-    PerCpuValues,
+    DevMapHash, HashMap, IterableMap as _, Map, MapData, MapError, MapInfo, MapType, PerCpuValues,
 };
 use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
 use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey};
 use flannel_common::pod::{MAX_PODS, PodKey, PortIndex};
 
+pub use self::open::OpenMaps;
 use super::errno::Refusal;
 use super::programs::PinFolder;
 
@@ -96,6 +97,12 @@ pub const SHAPES: [MapShape; 6] = [
 ];
 
 impl MapShape {
+    /// Takes the map of this name out of a loaded object.
+    fn take(&self, ebpf: &mut Ebpf) -> Result<Map, Refusal> {
+        ebpf.take_map(self.name)
+            .ok_or_else(|| Refusal::new(format!("open map {}", self.name), "the eBPF object has no such map"))
+    }
+
     /// What differs, in words; `None` when the map can be used.
     fn difference(&self, info: &MapInfo) -> Option<String> {
         if info.map_type().ok() != Some(self.kind) {
@@ -139,10 +146,7 @@ pub fn discard_strangers(pins: &PinFolder) -> Result<(), Refusal> {
 
 /// The maps of a running tunnel.
 pub struct Maps {
-    peers: HashMap<MapData, PeerKey, Peer>,
-    counters: PerCpuArray<MapData, Count>,
-    peer_counters: PerCpuArray<MapData, PeerCount>,
-    peer_drops: PerCpuHashMap<MapData, PeerDrop, u64>,
+    open: OpenMaps,
     pods: HashMap<MapData, PodKey, PortIndex>,
     ports: DevMapHash<MapData>,
     indexes: Indexes,
@@ -156,30 +160,24 @@ impl Maps {
     /// # Errors
     /// The object has other maps than this agent was built for, or the kernel refuses to read them.
     pub fn take(ebpf: &mut Ebpf) -> Result<Self, Refusal> {
-        let mut take = |index: usize| {
-            let name = SHAPES.get(index).map_or("", |shape| shape.name);
-            let doing = format!("open map {name}");
-            ebpf.take_map(name).ok_or_else(|| Refusal::new(doing.clone(), "the eBPF object has no such map"))
-        };
+        let open = OpenMaps::of(ebpf)?;
         let wrong = |e: MapError| Refusal::from_map("open the maps of the eBPF object", &e);
+        let [.., pods, ports] = &SHAPES;
         let mut maps = Self {
-            peers: HashMap::try_from(take(0)?).map_err(wrong)?,
-            counters: PerCpuArray::try_from(take(1)?).map_err(wrong)?,
-            peer_counters: PerCpuArray::try_from(take(2)?).map_err(wrong)?,
-            peer_drops: PerCpuHashMap::try_from(take(3)?).map_err(wrong)?,
-            pods: HashMap::try_from(take(4)?).map_err(wrong)?,
-            ports: DevMapHash::try_from(take(5)?).map_err(wrong)?,
+            open,
+            pods: HashMap::try_from(pods.take(ebpf)?).map_err(wrong)?,
+            ports: DevMapHash::try_from(ports.take(ebpf)?).map_err(wrong)?,
             indexes: Indexes::default(),
             digest: 0,
         };
         maps.adopt_indexes()?;
-        maps.digest = digest(&maps.entries()?);
+        maps.digest = digest(&maps.open.entries()?);
         Ok(maps)
     }
 
     /// Reads which places in `PEER_COUNTERS` are taken; drops entries whose place is impossible or another's.
     fn adopt_indexes(&mut self) -> Result<(), Refusal> {
-        for (subnet, peer) in self.entries()? {
+        for (subnet, peer) in self.open.entries()? {
             if !self.indexes.take(peer.index) {
                 tracing::warn!(
                     "adopted peer at {subnet} has counter index {}, which can't be; dropped",
@@ -189,6 +187,12 @@ impl Maps {
             }
         }
         Ok(())
+    }
+
+    /// The maps that count and those of the peers, for reading.
+    #[must_use]
+    pub fn open(&self) -> &OpenMaps {
+        &self.open
     }
 
     /// Pins what lost its pin: the maps are still ours by file descriptor.
@@ -212,29 +216,14 @@ impl Maps {
     }
 
     fn data(&self) -> [&MapData; 6] {
-        [
-            self.peers.map(),
-            self.counters.map(),
-            self.peer_counters.map(),
-            self.peer_drops.map(),
-            self.pods.map(),
-            self.ports.map(),
-        ]
-    }
-
-    /// Base address of each subnet, and its node.
-    ///
-    /// # Errors
-    /// The kernel refuses to read the map.
-    pub fn entries(&self) -> Result<BTreeMap<Ipv4Addr, Peer>, Refusal> {
-        let entries = batch::entries(self.peers.map()).map_err(|e| Refusal::from_io("read map PEERS", &e))?;
-        Ok(entries.into_iter().map(|(key, peer)| (from_wire(key), peer)).collect())
+        let [peers, counters, peer_counters, peer_drops] = self.open.data();
+        [peers, counters, peer_counters, peer_drops, self.pods.map(), self.ports.map()]
     }
 
     /// Whether somebody else wrote to the map of peers since [`Maps::accept`]. A map that can't be read is not to blame.
     #[must_use]
     pub fn is_touched(&self) -> bool {
-        batch::entries(self.peers.map()).is_ok_and(|entries| {
+        batch::entries(self.open.peers.map()).is_ok_and(|entries| {
             entries.iter().fold(0, |sum, (key, peer)| sum ^ batch::digest(*key, peer)) != self.digest
         })
     }
@@ -259,7 +248,7 @@ impl Maps {
     pub fn put(&mut self, subnet: Ipv4Addr, to: Towards) -> Result<(), Refusal> {
         let doing = || format!("write the map entry of peer {subnet}");
         let key = to_wire(subnet);
-        let existing = match self.peers.get(&key, 0) {
+        let existing = match self.open.peers.get(&key, 0) {
             Ok(peer) => Some(peer),
             Err(MapError::KeyNotFound) => None,
             Err(e) => return Err(Refusal::from_map(doing(), &e)),
@@ -272,7 +261,7 @@ impl Maps {
         if existing == Some(peer) {
             return Ok(());
         }
-        self.peers.insert(key, peer, 0).map_err(|e| {
+        self.open.peers.insert(key, peer, 0).map_err(|e| {
             if existing.is_none() {
                 self.indexes.free(index);
             }
@@ -288,13 +277,13 @@ impl Maps {
             .indexes
             .lowest_free()
             .ok_or_else(|| Refusal::new(doing(), format!("the map holds at most {MAX_PEERS} peers")))?;
-        let cpus = self.peer_counters.get(&index, 0).map_err(|e| Refusal::from_map(doing(), &e))?.len();
+        let cpus = self.open.peer_counters.get(&index, 0).map_err(|e| Refusal::from_map(doing(), &e))?.len();
         let zeros = PerCpuValues::try_from(vec![PeerCount::default(); cpus])
             .map_err(|e: io::Error| Refusal::from_io(doing(), &e))?;
-        self.peer_counters.set(index, zeros, 0).map_err(|e| Refusal::from_map(doing(), &e))?;
+        self.open.peer_counters.set(index, zeros, 0).map_err(|e| Refusal::from_map(doing(), &e))?;
         for reason in Counter::ALL {
             let key = PeerDrop { peer: index, reason: *reason as u32 };
-            ignore_missing(self.peer_drops.remove(&key)).map_err(|e| Refusal::from_map(doing(), &e))?;
+            ignore_missing(self.open.peer_drops.remove(&key)).map_err(|e| Refusal::from_map(doing(), &e))?;
         }
         self.indexes.take(index);
         Ok(index)
@@ -306,7 +295,7 @@ impl Maps {
     /// The kernel refuses to write the map.
     pub fn remove(&mut self, subnet: Ipv4Addr) -> Result<(), Refusal> {
         let key = to_wire(subnet);
-        let existing = self.peers.get(&key, 0).ok();
+        let existing = self.open.peers.get(&key, 0).ok();
         self.delete(key)
             .map_err(|e| Refusal::from_map(format!("remove the map entry of peer {subnet}"), &e))?;
         if let Some(peer) = existing {
@@ -317,56 +306,7 @@ impl Maps {
     }
 
     fn delete(&mut self, key: PeerKey) -> Result<(), MapError> {
-        ignore_missing(self.peers.remove(&key))
-    }
-
-    /// Sums over all CPUs, in index order of [`Counter`]. What can't be read counts as zero.
-    #[must_use]
-    pub fn counts(&self) -> Vec<Count> {
-        Counter::ALL.iter().map(|counter| self.count(*counter)).collect()
-    }
-
-    /// Sum over all CPUs; zero when it can't be read.
-    #[must_use]
-    pub fn count(&self, counter: Counter) -> Count {
-        let values = self.counters.get(&(counter as u32), 0);
-        values.map_or_else(
-            |_| Count::default(),
-            |values| {
-                values.iter().fold(Count::default(), |sum, cpu| Count {
-                    packets: sum.packets.wrapping_add(cpu.packets),
-                    bytes: sum.bytes.wrapping_add(cpu.bytes),
-                })
-            },
-        )
-    }
-
-    /// What the peer with this subnet has sent and received; `None` when there is none.
-    #[must_use]
-    pub fn count_of(&self, subnet: Ipv4Addr) -> Option<PeerCount> {
-        self.peers.get(&to_wire(subnet), 0).ok().map(|peer| self.peer_count(peer.index))
-    }
-
-    /// Sum over all CPUs for the peer with this index; zero when it can't be read.
-    #[must_use]
-    pub fn peer_count(&self, index: u32) -> PeerCount {
-        let values = self.peer_counters.get(&index, 0);
-        values.map_or_else(
-            |_| PeerCount::default(),
-            |values| values.iter().fold(PeerCount::default(), PeerCount::and),
-        )
-    }
-
-    /// Packets dropped on all CPUs, by peer index and reason. What can't be read, or is no reason this agent knows, is left out.
-    #[must_use]
-    pub fn peer_drops(&self) -> BTreeMap<u32, BTreeMap<Counter, u64>> {
-        let mut drops: BTreeMap<u32, BTreeMap<Counter, u64>> = BTreeMap::new();
-        for (key, packets) in self.peer_drops.iter().flatten() {
-            if let Some(reason) = Counter::ALL.get(key.reason as usize) {
-                drops.entry(key.peer).or_default().insert(*reason, packets.iter().sum());
-            }
-        }
-        drops
+        ignore_missing(self.open.peers.remove(&key))
     }
 
     /// Makes the pods' ports these and no others. A port that has gone in the meantime is left out.
@@ -412,7 +352,7 @@ impl Maps {
     /// # Errors
     /// The kernel refuses to write the map. A map that can't be read is passed over: its peers come with the leases.
     pub fn inherit(&mut self, older: &Path, ifindex: u32) -> Result<usize, Refusal> {
-        if self.peers.keys().next().is_some() {
+        if self.open.peers.keys().next().is_some() {
             return Ok(0);
         }
         let entries = match foreign::entries(older) {

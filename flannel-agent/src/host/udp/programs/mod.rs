@@ -384,6 +384,12 @@ pub fn has_clsact(name: &'static str, hook: &Hook<'_>) -> bool {
     matches!(clsact::find(hook), Ok(Some(filter)) if filter.name == name)
 }
 
+/// Id of the program of our filter by that name on the hook.
+#[must_use]
+pub fn clsact_program(name: &'static str, hook: &Hook<'_>) -> Option<u32> {
+    clsact::find(hook).ok().flatten().filter(|filter| filter.name == name)?.program
+}
+
 fn loaded(result: Result<(), ProgramError>) -> Result<(), ProgramError> {
     match result {
         Err(ProgramError::AlreadyLoaded) => Ok(()),

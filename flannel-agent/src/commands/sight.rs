@@ -1,0 +1,88 @@
+//! What there is to be seen of a node: a running agent's answer, or what the kernel does without one.
+
+use serde::Serialize;
+
+use crate::cli::LookAt;
+use crate::host::HostError;
+use crate::host::leftovers;
+use crate::host::netlink::Netlink;
+use crate::host::udp::TunnelReport;
+use crate::host::udp::unattended::{self, UnattendedTunnel};
+use crate::status::{self, Status, StatusError};
+
+/// Both are one JSON document, and both have `tunnels` of one form.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(super) enum Sight {
+    Agent(Box<Status>),
+    Kernel(Unattended),
+}
+
+/// A node whose agent does not answer.
+#[derive(Debug, Serialize)]
+pub(super) struct Unattended {
+    /// Why there is no answer.
+    pub(super) no_agent: String,
+    pub(super) tunnels: Vec<UnattendedTunnel>,
+    /// Tunnels of which it can't be told what they do, and why.
+    pub(super) not_told: Vec<String>,
+    /// As `ip route` says them.
+    pub(super) routes: Vec<String>,
+}
+
+impl Sight {
+    pub(super) fn tunnels(&self) -> Vec<&TunnelReport> {
+        match self {
+            Self::Agent(status) => status.tunnels.iter().collect(),
+            Self::Kernel(unattended) => unattended.tunnels.iter().map(|tunnel| &tunnel.report).collect(),
+        }
+    }
+}
+
+/// Looks once.
+///
+/// # Errors
+/// In one sentence: no agent answers, and nothing is there without it.
+pub(super) async fn look(at: &LookAt) -> Result<Sight, String> {
+    match status::read(&at.socket).await {
+        Ok(status) => Ok(Sight::Agent(Box::new(status))),
+        // An agent of another version runs: what it does is for the client of that version to say.
+        Err(error @ StatusError::Garbled { .. }) => Err(error.to_string()),
+        Err(error) => {
+            let no_agent = error.to_string();
+            match without_agent(at, &no_agent).await {
+                Ok(seen) if seen.is_empty() => Err(format!(
+                    "{no_agent}; and nothing carries packets without it: no tunnel is pinned below {}, no route is there",
+                    at.bpffs_path.display()
+                )),
+                Ok(seen) => Ok(Sight::Kernel(seen)),
+                Err(error) => Err(format!("{no_agent}; {error}")),
+            }
+        }
+    }
+}
+
+impl Unattended {
+    fn is_empty(&self) -> bool {
+        self.tunnels.is_empty() && self.not_told.is_empty() && self.routes.is_empty()
+    }
+}
+
+async fn without_agent(at: &LookAt, no_agent: &str) -> Result<Unattended, HostError> {
+    let netlink = Netlink::new()?;
+    let mut seen = Unattended {
+        no_agent: no_agent.to_owned(),
+        tunnels: Vec::new(),
+        not_told: Vec::new(),
+        routes: Vec::new(),
+    };
+    for tunnel in unattended::find(&netlink, &at.bpffs_path).await? {
+        match tunnel {
+            Ok(tunnel) => seen.tunnels.push(tunnel),
+            Err(error) => seen.not_told.push(error.to_string()),
+        }
+    }
+    let routes = leftovers::routes(&netlink, &netlink.links().await?).await?;
+    seen.routes = routes.iter().map(ToString::to_string).collect();
+    Ok(seen)
+}
