@@ -57,7 +57,9 @@ pub async fn take_lease(
                 waiting.over();
                 return Ok(lease);
             }
-            Err(error @ StoreError::Unreachable { .. }) => waiting.still(error.to_string()),
+            Err(error @ (StoreError::Unreachable { .. } | StoreError::NotYet { .. })) => {
+                waiting.still(error.to_string());
+            }
             Err(error) => return Err(error),
         }
         pause().await;

@@ -38,6 +38,8 @@ pub mod etcd;
 #[cfg(feature = "parts")]
 pub mod kernel;
 #[cfg(feature = "parts")]
+pub mod kube;
+#[cfg(feature = "parts")]
 pub mod privilege;
 #[cfg(feature = "parts")]
 pub mod programs;

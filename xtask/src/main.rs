@@ -26,7 +26,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Installs what building and testing need and this machine lacks, and says what and why
-    Setup,
+    Setup(setup::Arguments),
     /// Builds the tc and XDP programs into target/bpf/flannel.bpf.o, which the agent embeds
     BuildEbpf,
     /// Formatting, clippy with warnings as errors (agent and eBPF programs), the import rule, licences
@@ -43,7 +43,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
-        Command::Setup => setup::run(),
+        Command::Setup(arguments) => setup::run_with(&arguments),
         Command::BuildEbpf => build_ebpf::run(),
         Command::Check => check::run(),
         Command::Test(arguments) => test::run(&arguments),

@@ -4,6 +4,8 @@
 //! crates.io, built once per machine against the toolchain's own LLVM and kept in the user's cache folder. Where
 //! everything is there, this takes a few milliseconds and says nothing but that.
 
+pub(crate) mod kube;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},
@@ -77,6 +79,22 @@ const FOR_MACHINES: [Package; 5] = [
         "the kernels are Debian's packages",
     ),
 ];
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Also build kube-apiserver, for `cargo xtask test --kube`: minutes, once per machine
+    #[arg(long)]
+    kube: bool,
+}
+
+/// [`run`], and what was asked for besides.
+pub(crate) fn run_with(arguments: &Arguments) -> Result<()> {
+    run()?;
+    if arguments.kube {
+        kube::run()?;
+    }
+    Ok(())
+}
 
 /// Installs what is missing.
 ///
@@ -258,7 +276,7 @@ fn linker() -> Result<bool> {
 fn place(from: &Path, to: &Path) -> Result<()> {
     let folder = to.parent().context("a file in no folder")?;
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    let new = folder.join(format!(".bpf-linker-{}", std::process::id()));
+    let new = folder.join(format!(".new-{}", std::process::id()));
     fs::copy(from, &new).with_context(|| format!("copy {} to {}", from.display(), new.display()))?;
     fs::rename(&new, to).with_context(|| format!("rename {} to {}", new.display(), to.display()))
 }

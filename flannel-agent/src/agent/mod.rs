@@ -394,6 +394,7 @@ impl<H: Host> Agent<H> {
         let file = self.options.subnet_file.display();
         match self.published.replace(env) {
             None => {
+                self.node.store.network_is_up();
                 tracing::info!("ready: {} leased, {file} written", self.node.lease.subnets);
                 if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
                     tracing::warn!("can't tell systemd that we are ready: {error}");

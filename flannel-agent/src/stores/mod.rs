@@ -7,6 +7,7 @@
 //! from the time to live the store names, so no two clocks are ever compared.
 
 pub mod etcd;
+pub mod kube;
 pub mod memory;
 
 use std::time::Duration;
@@ -16,6 +17,7 @@ use futures_util::stream::BoxStream;
 
 use crate::domain::allocator::{NoSubnet, Previous, Wish};
 use crate::domain::config::NetworkConfig;
+use crate::domain::interface::PublicAddresses;
 use crate::domain::lease::{Lease, LeaseAttrs, LeaseError, LeaseEvent, Subnets, Unreadable};
 
 /// What a node asks for when it takes a lease.
@@ -61,6 +63,14 @@ pub trait LeaseStore: Send + Sync {
     /// This node has another address: connections made from the former one are dead, though nobody has said so yet.
     fn reconnect(&self) {}
 
+    /// Addresses the store has for this node, which go before `--public-ip` and `--public-ipv6` (contract §4.1).
+    async fn node_addresses(&self) -> Result<PublicAddresses, StoreError> {
+        Ok(PublicAddresses::default())
+    }
+
+    /// The node's network works from now on. A store with a place for that says so there, in its own time.
+    fn network_is_up(&self) {}
+
     /// Every lease, our own too, and what changes. Reconnects by itself; never ends.
     fn watch(&self) -> BoxStream<'static, LeaseEvent>;
 }
@@ -71,6 +81,9 @@ pub enum StoreError {
     /// Worth trying again.
     #[error("{store} is unreachable: {reason}")]
     Unreachable { store: String, reason: String },
+    /// It answers, and does not have yet what is asked for. Worth trying again.
+    #[error("{store}: {reason}")]
+    NotYet { store: String, reason: String },
     #[error("no network configuration at {place}: write one, for example {example}")]
     NoConfig { place: String, example: String },
     #[error("{0}")]
