@@ -34,8 +34,9 @@ fn main() -> ExitCode {
 /// `RUST_LOG` goes before `-v`.
 fn log_to_stderr(settings: &Settings) {
     let level = settings.verbosity.level();
+    // kube_client logs each failed call as an error of its own; we say once what it means.
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new(format!("warn,flannel_agent={level}")));
+        .unwrap_or_else(|_| EnvFilter::new(format!("warn,kube_client=off,flannel_agent={level}")));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

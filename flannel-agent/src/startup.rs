@@ -8,6 +8,7 @@ use std::time::Duration;
 use rand::Rng as _;
 
 use crate::domain::config::NetworkConfig;
+use crate::domain::interface::PublicAddresses;
 use crate::domain::lease::Lease;
 use crate::health::Health;
 use crate::stores::{LeaseRequest, LeaseStore, StoreError};
@@ -37,6 +38,32 @@ pub async fn wait_for_config(store: &dyn LeaseStore, health: &Health) -> Result<
             Err(error) => error.to_string(),
         };
         waiting.still(reason);
+        pause().await;
+    }
+}
+
+/// The addresses other nodes are to send to, as the operator gave them: what the store has for this node goes before
+/// flags (contract §4.1).
+///
+/// # Errors
+/// The store refuses us, or has something there that is no address.
+pub async fn public_addresses(
+    store: &dyn LeaseStore,
+    given: PublicAddresses,
+    health: &Health,
+) -> Result<PublicAddresses, StoreError> {
+    let mut waiting = Waiting::new("address", health);
+    loop {
+        match store.node_addresses().await {
+            Ok(PublicAddresses { v4, v6 }) => {
+                waiting.over();
+                return Ok(PublicAddresses { v4: v4.or(given.v4), v6: v6.or(given.v6) });
+            }
+            Err(error @ (StoreError::Unreachable { .. } | StoreError::NotYet { .. })) => {
+                waiting.still(error.to_string());
+            }
+            Err(error) => return Err(error),
+        }
         pause().await;
     }
 }

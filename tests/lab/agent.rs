@@ -182,6 +182,27 @@ impl Agent {
         }
     }
 
+    /// Waits until `/readyz` says 503 and `reason` is in its reasons.
+    ///
+    /// # Errors
+    /// Not in time: with the last answer and the end of the log.
+    pub fn wait_not_ready(&self, reason: &str) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let answer = self.readyz();
+            if answer.as_ref().is_ok_and(|(code, body)| *code == 503 && body.contains(reason)) {
+                return Ok(());
+            }
+            ensure!(
+                started.elapsed() < READY_LIMIT,
+                "{}: /readyz does not say `{reason}` but {answer:?}\n{}",
+                self.namespace.name(),
+                crate::tail(&self.files.log())
+            );
+            sleep(Duration::from_millis(25));
+        }
+    }
+
     /// Status and body of `/readyz`.
     ///
     /// # Errors

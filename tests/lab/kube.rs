@@ -138,7 +138,8 @@ impl ApiServer {
             .args(["--endpoint-reconciler-type", "none"])
             .args(["--service-account-issuer", "https://kubernetes.default.svc"])
             .args(["--service-account-key-file", &key, "--service-account-signing-key-file", &key])
-            .args(["--disable-admission-plugins", "ServiceAccount"])
+            // As in every cluster that runs network agents.
+            .args(["--allow-privileged=true", "--disable-admission-plugins", "ServiceAccount"])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -156,7 +157,9 @@ impl ApiServer {
             {
                 bail!("kube-apiserver ended with {status}:\n{}", crate::tail(&self.log()));
             }
-            if self.ca().exists() && self.request(ADMIN, "GET", "/readyz", None).is_ok_and(|a| a.status == 200) {
+            if self.ca().exists()
+                && self.request(ADMIN, "GET", "/readyz", None).is_ok_and(|a| a.status == 200)
+            {
                 return Ok(());
             }
             ensure!(
@@ -205,7 +208,8 @@ impl ApiServer {
                 line.map(|value| value.trim().to_owned()).with_context(|| format!("no {name} in\n{document}"))
             };
             let (version, kind) = (field("apiVersion")?, field("kind")?);
-            let group = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
+            let group =
+                if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
             let plural = format!("{}s", kind.to_lowercase());
             let namespace = document.lines().find_map(|line| line.strip_prefix("  namespace: "));
             let path = match namespace {
@@ -215,9 +219,9 @@ impl ApiServer {
             let answer = self.request(ADMIN, "POST", &path, Some(("application/yaml", document)))?;
             ensure!(
                 matches!(answer.status, 201 | 409),
-                "POST {path}: {} {}\n{document}",
+                "POST {path}: {} {}",
                 answer.status,
-                answer.body
+                answer.body["message"]
             );
         }
         Ok(())
@@ -238,7 +242,8 @@ impl ApiServer {
     /// # Errors
     /// The API server refuses.
     pub fn create_node(&self, name: &str, pod_cidrs: &[&str], annotations: Option<Value>) -> Result<()> {
-        let mut node = json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}, "spec": {}});
+        let mut node =
+            json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}, "spec": {}});
         if let Some(annotations) = annotations {
             node["metadata"]["annotations"] = annotations;
         }
@@ -348,7 +353,15 @@ impl ApiServer {
             None => Command::new("curl"),
         };
         command
-            .args(["--silent", "--show-error", "--max-time", "20", "--write-out", "\n%{http_code}", "--cacert"])
+            .args([
+                "--silent",
+                "--show-error",
+                "--max-time",
+                "20",
+                "--write-out",
+                "\n%{http_code}",
+                "--cacert",
+            ])
             .arg(self.ca())
             .args(["--header", &format!("Authorization: Bearer {token}"), "--request", method]);
         if let Some((kind, text)) = body {
@@ -358,7 +371,11 @@ impl ApiServer {
             .arg(format!("{}{path}", self.url()))
             .output()
             .context("start `curl` (Debian and Ubuntu: package curl)")?;
-        ensure!(output.status.success(), "{method} {path}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        ensure!(
+            output.status.success(),
+            "{method} {path}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
         let text = String::from_utf8_lossy(&output.stdout);
         let (body, status) = text.rsplit_once('\n').context("curl printed no status")?;
         Ok(Answer {
@@ -377,7 +394,8 @@ impl Drop for ApiServer {
 /// Where `cargo xtask setup --kube` puts it: `target/tools/bin/kube-apiserver`.
 fn binary() -> Result<PathBuf> {
     let me = std::env::current_exe().context("find this program's own path")?;
-    let found = me.ancestors().map(|folder| folder.join("tools/bin/kube-apiserver")).find(|path| is_file(path));
+    let found =
+        me.ancestors().map(|folder| folder.join("tools/bin/kube-apiserver")).find(|path| is_file(path));
     found.context("kube-apiserver was not built; run `cargo xtask setup --kube`")
 }
 

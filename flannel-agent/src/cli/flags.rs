@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, CommandFactory, Parser};
 
 use super::go;
 use super::go::Kind;
+use super::kube::KubeFlags;
 use super::settings::Secret;
 use crate::domain::host_state::{Datapath, SourceCheck, SourcePort};
 use crate::domain::interface::Pattern;
@@ -28,6 +29,8 @@ pub(super) const IPTABLES_RESYNC: i64 = 5;
 pub(super) struct Flags {
     #[command(flatten)]
     pub(super) etcd: EtcdFlags,
+    #[command(flatten)]
+    pub(super) kube: KubeFlags,
     #[command(flatten)]
     pub(super) interface: InterfaceFlags,
     #[command(flatten)]
@@ -174,24 +177,6 @@ pub(super) struct NotBuiltFlags {
     /// Drop packets to unleased addresses of this node's subnet
     #[arg(long, action = ArgAction::Set, default_value = "false", value_parser = go::boolean)]
     pub(super) ip_blackhole_route: bool,
-    /// Lease from the Kubernetes API
-    #[arg(long, action = ArgAction::Set, default_value = "false", value_parser = go::boolean)]
-    pub(super) kube_subnet_mgr: bool,
-    /// Kubernetes API server
-    #[arg(long, value_name = "URL")]
-    pub(super) kube_api_url: Option<String>,
-    /// Credentials for the Kubernetes API
-    #[arg(long, value_name = "FILE")]
-    pub(super) kubeconfig_file: Option<String>,
-    /// Prefix of the annotations on Kubernetes nodes
-    #[arg(long, value_name = "PREFIX", default_value = KUBE_ANNOTATION_PREFIX)]
-    pub(super) kube_annotation_prefix: String,
-    /// Network configuration for use with Kubernetes
-    #[arg(long, value_name = "FILE", default_value = NET_CONFIG_PATH)]
-    pub(super) net_config_path: String,
-    /// Clear the Kubernetes node's NetworkUnavailable condition
-    #[arg(long, action = ArgAction::Set, default_value = "true", value_parser = go::boolean)]
-    pub(super) set_node_network_unavailable: bool,
     /// Serve leases to other nodes
     #[arg(long, value_name = "ADDRESS")]
     pub(super) listen: Option<String>,

@@ -9,6 +9,7 @@
 
 mod flags;
 mod go;
+mod kube;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,8 @@ use clap::{Args, FromArgMatches};
 
 use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
+pub use self::kube::KubeSettings;
+use self::kube::PodVariables;
 use self::settings::Origins;
 pub use self::settings::{ClientCertificate, EtcdSettings, Login, Secret, Settings, Verbosity};
 use crate::domain::wording::{nearest, quoted, shown};
@@ -156,7 +159,15 @@ pub fn parse(
     {
         return parsed;
     }
-    daemon(&program, &words, &environment(env))
+    let env: Vec<_> = env.into_iter().collect();
+    daemon(&program, &words, &Environment { pod: PodVariables::of(&env), own: environment(env) })
+}
+
+/// The variables that are looked at.
+struct Environment {
+    /// `FLANNELD_*`
+    own: BTreeMap<String, OsString>,
+    pod: PodVariables,
 }
 
 /// The last part of the path it was called by.
@@ -225,7 +236,7 @@ fn subcommands(program: &str) -> clap::Command {
         .subcommand(clap::Command::new("version").about("Print the version"))
 }
 
-fn daemon(program: &str, words: &[String], env: &BTreeMap<String, OsString>) -> Parsed {
+fn daemon(program: &str, words: &[String], env: &Environment) -> Parsed {
     let command = flags::command();
     let given = match go::split(words, |name| flags::kind_of(&command, name)) {
         Ok(given) => given,
@@ -253,7 +264,7 @@ fn daemon(program: &str, words: &[String], env: &BTreeMap<String, OsString>) -> 
         return Parsed::PrintAndExit { text: format!("{VERSION}\n"), stream: Stream::Stderr, code: 0 };
     }
 
-    let (variables, mut warnings) = match from_environment(&command, &given, env) {
+    let (variables, mut warnings) = match from_environment(&command, &given, &env.own) {
         Ok(found) => found,
         Err(text) => return usage_error(program, &text),
     };
@@ -266,7 +277,7 @@ fn daemon(program: &str, words: &[String], env: &BTreeMap<String, OsString>) -> 
     let settings = matches
         .and_then(|matches| Flags::from_arg_matches(&matches))
         .map_err(|error| settings::SettingsError { text: reason(&error), code: 2 })
-        .and_then(|flags| Settings::resolve(flags, &origins));
+        .and_then(|flags| Settings::resolve(flags, &origins, &env.pod));
     match settings {
         Ok(mut settings) => {
             settings.warnings.append(&mut warnings);

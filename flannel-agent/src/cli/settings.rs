@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::flags::{
-    EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, KUBE_ANNOTATION_PREFIX, LogFlags, NET_CONFIG_PATH,
-    NodeFlags, NotBuiltFlags, SUBNET_DIR,
+    EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, LogFlags, NodeFlags, NotBuiltFlags, SUBNET_DIR,
 };
+use super::kube::{KubeFlags, KubeSettings, PodVariables};
 use crate::domain::config::TUNNEL_MTUS;
 use crate::domain::host_state::TunnelOptions;
 use crate::domain::interface::{PublicAddresses, Selector};
@@ -25,6 +25,8 @@ const MAX_SOCKET_PATH: usize = 107;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     pub etcd: EtcdSettings,
+    /// Leases come from Kubernetes, not from etcd.
+    pub kube: Option<KubeSettings>,
     /// In the order they are tried; empty means by `public`, else by the default route.
     pub selectors: Vec<Selector>,
     pub public: PublicAddresses,
@@ -122,16 +124,22 @@ impl Settings {
     /// # Errors
     /// What the first flag that can't be meant is, and what would be right. All flags that are not built are named at
     /// once.
-    pub(super) fn resolve(flags: Flags, origins: &Origins) -> Result<Self, SettingsError> {
+    pub(super) fn resolve(
+        flags: Flags,
+        origins: &Origins,
+        pod: &PodVariables,
+    ) -> Result<Self, SettingsError> {
         let mut resolver = Resolver { origins, warnings: Vec::new() };
         resolver.refuse_not_built(&flags.not_built)?;
         let margin = flags.etcd.subnet_lease_renew_margin;
         let etcd = resolver.etcd(flags.etcd)?;
+        let kube = resolver.kube(flags.kube, pod);
         let (selectors, public) = resolver.interface(flags.interface)?;
         let verbosity = resolver.log(&flags.log)?;
         let NodeFlags { subnet_file, healthz_ip, healthz_port, status_socket } = flags.node;
         let settings = Self {
             etcd,
+            kube,
             selectors,
             public,
             subnet_file: resolver.file("subnet-file", subnet_file)?,
@@ -176,16 +184,6 @@ impl Resolver<'_> {
             ("iptables-forward-rules", flags.iptables_forward_rules == Some(true), "forward rules"),
             ("iptables-resync", flags.iptables_resync != IPTABLES_RESYNC, "firewall rules"),
             ("ip-blackhole-route", flags.ip_blackhole_route, "the blackhole route"),
-            ("kube-subnet-mgr", flags.kube_subnet_mgr, "leasing from Kubernetes"),
-            ("kube-api-url", given(&flags.kube_api_url), "leasing from Kubernetes"),
-            ("kubeconfig-file", given(&flags.kubeconfig_file), "leasing from Kubernetes"),
-            (
-                "kube-annotation-prefix",
-                flags.kube_annotation_prefix != KUBE_ANNOTATION_PREFIX,
-                "leasing from Kubernetes",
-            ),
-            ("net-config-path", flags.net_config_path != NET_CONFIG_PATH, "leasing from Kubernetes"),
-            ("set-node-network-unavailable", !flags.set_node_network_unavailable, "leasing from Kubernetes"),
             ("listen", given(&flags.listen), "serving leases to other nodes"),
             ("remote", given(&flags.remote), "leasing from a flannel server"),
             ("remote-cafile", given(&flags.remote_cafile), "leasing from a flannel server"),
@@ -249,6 +247,16 @@ impl Resolver<'_> {
             ca_file: path(flags.etcd_cafile),
             identity,
             login,
+        })
+    }
+
+    fn kube(&mut self, flags: KubeFlags, pod: &PodVariables) -> Option<KubeSettings> {
+        flags.resolve(pod).unwrap_or_else(|idle| {
+            for flag in idle {
+                let name = self.name(flag);
+                self.warnings.push(format!("{name} has no effect without -kube-subnet-mgr"));
+            }
+            None
         })
     }
 

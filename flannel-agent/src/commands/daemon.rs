@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::{Agent, AgentOptions, End, Node};
 use crate::backends::{self, BackendContext, BackendError};
-use crate::cli::{EtcdSettings, Settings, VERSION};
+use crate::cli::{EtcdSettings, KubeSettings, Settings, VERSION};
 use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::interface::{self, ExistingLink, Families, InterfaceError, Selection};
 use crate::domain::lease::Lease;
@@ -26,6 +26,7 @@ use crate::host::{HostError, interfaces, sysctl};
 use crate::startup;
 use crate::status::StatusSocket;
 use crate::stores::etcd::{EtcdOptions, EtcdOptionsError, EtcdStore};
+use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
 use crate::stores::{LeaseRequest, LeaseStore, StoreError};
 use crate::subnet_env::PreviousSubnets;
 
@@ -40,6 +41,8 @@ const PROVISIONAL_DEVICE: &str = "flannel0";
 pub enum StartError {
     #[error(transparent)]
     Etcd(#[from] EtcdOptionsError),
+    #[error(transparent)]
+    Kube(#[from] KubeOptionsError),
     #[error("can't serve /healthz on {address}: {source}; is --healthz-port in use?")]
     Health { address: std::net::SocketAddr, source: std::io::Error },
     #[error("can't listen on --status-socket {path}: {source}")]
@@ -128,7 +131,7 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     for reason in &previous.ignored {
         tracing::warn!("{}: {reason}", settings.subnet_file.display());
     }
-    let store: Arc<dyn LeaseStore> = Arc::new(EtcdStore::connect(&etcd_options(&settings.etcd))?);
+    let store = open_store(settings).await?;
     let config = startup::wait_for_config(store.as_ref(), health).await?;
     for warning in &config.warnings {
         tracing::warn!("network configuration: {warning}");
@@ -142,11 +145,9 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     }
 
     let netlink = Netlink::new()?;
-    let selection = Selection {
-        selectors: settings.selectors.clone(),
-        public: settings.public,
-        families: Families::from(&config),
-    };
+    let public = startup::public_addresses(store.as_ref(), settings.public, health).await?;
+    let selection =
+        Selection { selectors: settings.selectors.clone(), public, families: Families::from(&config) };
     let facts = interfaces::facts(&netlink, &selection.selectors).await?;
     let interface = interface::choose(&selection.selectors, &facts, selection.public, selection.families)?;
     tracing::info!("using interface {interface}");
@@ -180,6 +181,24 @@ fn path_mtu_lifetime() -> Duration {
     const LEAST: Duration = Duration::from_secs(5);
     let kernels = sysctl::read("net/ipv4/route/mtu_expires").ok().and_then(|text| text.trim().parse().ok());
     Duration::from_secs(kernels.unwrap_or(600)).max(LEAST)
+}
+
+async fn open_store(settings: &Settings) -> Result<Arc<dyn LeaseStore>, StartError> {
+    Ok(match &settings.kube {
+        Some(kube) => Arc::new(KubeStore::connect(&kube_options(kube)).await?),
+        None => Arc::new(EtcdStore::connect(&etcd_options(&settings.etcd))?),
+    })
+}
+
+fn kube_options(settings: &KubeSettings) -> KubeOptions {
+    KubeOptions {
+        api_url: settings.api_url.clone(),
+        kubeconfig: settings.kubeconfig.clone(),
+        annotation_prefix: settings.annotation_prefix.clone(),
+        net_config: settings.net_config.clone(),
+        set_network_unavailable: settings.set_network_unavailable,
+        node: NodeIdentity { node: settings.node.clone(), pod: settings.pod.clone() },
+    }
 }
 
 fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {

@@ -138,7 +138,12 @@ impl Build {
         let step = Step::begin("kube-apiserver: unpacking");
         let archive = self.download("kubernetes_", ".orig.tar.gz")?;
         self.go_on(
-            Command::new("tar").arg("xf").arg(&archive).arg("--strip-components=1").arg("-C").arg(&self.source),
+            Command::new("tar")
+                .arg("xf")
+                .arg(&archive)
+                .arg("--strip-components=1")
+                .arg("-C")
+                .arg(&self.source),
             &step,
         )?;
         let package = self.download("golang-github-modern-go-reflect2-dev_", ".deb")?;
@@ -162,7 +167,11 @@ impl Build {
         let step = Step::begin("kube-apiserver: definitions");
         let generator = self.folder.join("bin/openapi-gen");
         self.go_on(
-            self.go().arg("build").arg("-o").arg(&generator).arg("./vendor/k8s.io/kube-openapi/cmd/openapi-gen"),
+            self.go()
+                .arg("build")
+                .arg("-o")
+                .arg(&generator)
+                .arg("./vendor/k8s.io/kube-openapi/cmd/openapi-gen"),
             &step,
         )?;
         let packages = self.marked_packages()?;
@@ -175,9 +184,7 @@ impl Build {
                 .arg(&violations),
             &step,
         )?;
-        let read = |path: &Path| {
-            fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
-        };
+        let read = |path: &Path| fs::read_to_string(path).with_context(|| format!("read {}", path.display()));
         ensure!(
             read(&violations)? == read(&self.source.join("api/api-rules/violation_exceptions.list"))?,
             "the generated definitions are not upstream's: {} differs from api/api-rules/violation_exceptions.list",
@@ -194,7 +201,8 @@ impl Build {
              | grep -v -e /code-generator/ -e /sample- -e _test.go | xargs -n1 dirname | LC_ALL=C sort -u",
             self.source.display()
         )))?;
-        let packages: Vec<String> = found.lines().map(|folder| format!("k8s.io/kubernetes/{folder}")).collect();
+        let packages: Vec<String> =
+            found.lines().map(|folder| format!("k8s.io/kubernetes/{folder}")).collect();
         ensure!(!packages.is_empty(), "no package in {} is marked for OpenAPI", self.source.display());
         Ok(packages.join(","))
     }
@@ -204,8 +212,9 @@ impl Build {
         let folder = to.parent().context("a file in no folder")?;
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
         let version = "k8s.io/kubernetes/vendor/k8s.io/component-base/version";
-        let flags =
-            format!("-s -w -X {version}.gitMajor=1 -X {version}.gitMinor=20 -X {version}.gitVersion=v{VERSION}");
+        let flags = format!(
+            "-s -w -X {version}.gitMajor=1 -X {version}.gitMinor=20 -X {version}.gitVersion=v{VERSION}"
+        );
         self.go_on(
             self.go()
                 .args(["build", "-v", "-trimpath", "-tags", "providerless", "-ldflags", &flags, "-o"])

@@ -9,7 +9,8 @@ use crate::domain::interface::{PublicAddresses, Selector};
 /// A command line with variables before it, as a shell takes it: `FLANNELD_IFACE=eth1 flanneld -v 1`.
 fn line(line: &str) -> Parsed {
     let words: Vec<&str> = line.split_whitespace().collect();
-    let variables = words.iter().take_while(|word| word.starts_with("FLANNELD_")).count();
+    let is_variable = |word: &&&str| word.starts_with(|letter: char| letter.is_ascii_uppercase());
+    let variables = words.iter().take_while(is_variable).count();
     let env = words[..variables].iter().map(|word| {
         let (name, value) = word.split_once('=').unwrap();
         (name.into(), value.into())
@@ -53,6 +54,7 @@ fn without_flags_everything_has_flanneld_defaults() {
                 identity: None,
                 login: None,
             },
+            kube: None,
             selectors: vec![],
             public: PublicAddresses::default(),
             subnet_file: "/run/flannel/subnet.env".into(),
@@ -90,6 +92,7 @@ fn every_flag_reaches_its_setting() {
                 identity: Some(ClientCertificate { cert_file: "c".into(), key_file: "k".into() }),
                 login: Some(Login { username: "u".to_owned(), password: "p".to_owned().into() }),
             },
+            kube: None,
             selectors: vec![
                 Selector::Name("eth0".to_owned()),
                 Selector::Address("10.0.0.1".parse().unwrap()),
@@ -459,4 +462,48 @@ proptest! {
         let args = std::iter::once(program).chain(words).map(OsString::from);
         let _ = parse(args, [("FLANNELD_IFACE_REGEX".into(), value.clone().into()), ("FLANNELD_V".into(), value.into())]);
     }
+}
+
+#[test]
+fn kubernetes_takes_its_flags_and_the_pods_variables() {
+    let kube = |text: &str| settings(text).kube.expect(text);
+    let plain = kube("NODE_NAME=h1 flanneld -kube-subnet-mgr");
+    assert_eq!(
+        plain,
+        KubeSettings {
+            api_url: None,
+            kubeconfig: None,
+            annotation_prefix: "flannel.alpha.coreos.com".into(),
+            net_config: "/etc/kube-flannel/net-conf.json".into(),
+            set_network_unavailable: true,
+            node: Some("h1".into()),
+            pod: None,
+        }
+    );
+    let other = kube(
+        "POD_NAME=p POD_NAMESPACE=kube-flannel NODE_NAME= FLANNELD_KUBECONFIG_FILE=/etc/k flanneld \
+         --kube-subnet-mgr=true --kube-api-url https://10.0.0.1:6443 -kube-annotation-prefix=example.com/blue \
+         -net-config-path=/n.json -set-node-network-unavailable=false",
+    );
+    assert_eq!(
+        other,
+        KubeSettings {
+            api_url: Some("https://10.0.0.1:6443".into()),
+            kubeconfig: Some("/etc/k".into()),
+            annotation_prefix: "example.com/blue".into(),
+            net_config: "/n.json".into(),
+            set_network_unavailable: false,
+            node: None,
+            pod: Some(("p".into(), "kube-flannel".into())),
+        }
+    );
+    let idle = settings("FLANNELD_KUBE_API_URL=https://a flanneld -set-node-network-unavailable=0");
+    assert_eq!(idle.kube, None);
+    assert_eq!(
+        idle.warnings,
+        [
+            "FLANNELD_KUBE_API_URL has no effect without -kube-subnet-mgr",
+            "-set-node-network-unavailable has no effect without -kube-subnet-mgr"
+        ]
+    );
 }

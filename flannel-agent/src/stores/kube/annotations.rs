@@ -51,9 +51,8 @@ impl Annotations {
             Some((domain, word)) => (domain, word),
             None => (prefix, ""),
         };
-        let allowed = |text: &str| {
-            text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'))
-        };
+        let allowed =
+            |text: &str| text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'));
         let labels: Vec<&str> = domain.split('.').collect();
         if labels.len() < 2 {
             return wrong("has no dot in its domain");
@@ -157,7 +156,10 @@ impl Annotations {
         let Some(text) = self.get(present, suffix).filter(|text| !text.is_empty()) else { return Ok(None) };
         let wrong = |reason: String| format!("annotation {}: {reason}", self.name(suffix));
         if text.len() > MAX_VALUE_BYTES {
-            return Err(wrong(format!("it is {} bytes long, at most {MAX_VALUE_BYTES} are read", text.len())));
+            return Err(wrong(format!(
+                "it is {} bytes long, at most {MAX_VALUE_BYTES} are read",
+                text.len()
+            )));
         }
         match serde_json::from_str(text) {
             Ok(Value::Null) => Ok(None),
@@ -206,7 +208,9 @@ mod tests {
         for (given, prefix) in cases {
             assert_eq!(Annotations::new(given).unwrap().prefix, prefix, "{given}");
         }
-        for wrong in ["", "org", "org/x", "org.com/a/b", "Org.com", "org.com/X", "org..com", ".com", "org.com/a b"] {
+        for wrong in
+            ["", "org", "org/x", "org.com/a/b", "Org.com", "org.com/X", "org..com", ".com", "org.com/a b"]
+        {
             let error = Annotations::new(wrong).unwrap_err();
             assert!(error.contains("example.com/blue"), "{wrong}: {error}");
         }

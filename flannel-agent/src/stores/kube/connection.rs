@@ -55,8 +55,8 @@ impl Connection {
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.headers.push((http::header::USER_AGENT, http::HeaderValue::from_static(USER_AGENT)));
         let name = format!("Kubernetes at {}", config.cluster_url);
-        let client = Client::try_from(config)
-            .map_err(|error| KubeOptionsError::Connection(describe(&error)))?;
+        let client =
+            Client::try_from(config).map_err(|error| KubeOptionsError::Connection(describe(&error)))?;
         Ok(Self {
             client,
             name,
@@ -80,7 +80,9 @@ impl Connection {
                 .limited("get", &format!("pod {namespace}/{pod}"), pods.get_opt(pod))
                 .await?
                 .ok_or_else(|| {
-                    self.not_yet(format!("there is no pod {namespace}/{pod}, as POD_NAMESPACE and POD_NAME say"))
+                    self.not_yet(format!(
+                        "there is no pod {namespace}/{pod}, as POD_NAMESPACE and POD_NAME say"
+                    ))
                 })?;
             found
                 .spec
@@ -171,13 +173,14 @@ impl Connection {
     fn failed(&self, verb: &str, what: &str, error: &kube::Error) -> StoreError {
         let reason = format!("{verb} {what}: {}", describe(error));
         match error {
+            // Not for good: an API server that has just started knows no roles for a moment, and a role may be granted
+            // any time.
             kube::Error::Api(status) if status.code == 403 => {
-                self.refused(format!("{reason}; the service account needs flannel's ClusterRole"))
+                self.not_yet(format!("{reason}; the service account needs flannel's ClusterRole"))
             }
             kube::Error::Api(status) if status.code == 401 => {
-                self.refused(format!("{reason}; the token or certificate is not accepted"))
+                self.not_yet(format!("{reason}; the token or certificate is not accepted"))
             }
-            kube::Error::Auth(_) => self.refused(reason),
             _ => StoreError::Unreachable { store: self.name.clone(), reason },
         }
     }
@@ -211,7 +214,9 @@ async fn config(options: &KubeOptions) -> Result<Config, String> {
         url.parse::<http::Uri>()
             .ok()
             .filter(|url| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some())
-            .ok_or_else(|| format!("--kube-api-url {url} is no URL; it should look like https://10.0.0.1:6443"))
+            .ok_or_else(|| {
+                format!("--kube-api-url {url} is no URL; it should look like https://10.0.0.1:6443")
+            })
     });
     let url = url.transpose()?;
     match (&options.kubeconfig, url) {
@@ -239,7 +244,9 @@ async fn config(options: &KubeOptions) -> Result<Config, String> {
 /// An error with its causes, each said once.
 pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = match error.downcast_ref::<kube::Error>() {
-        Some(kube::Error::Api(status)) => return format!("{} ({} {})", status.message, status.code, status.reason),
+        Some(kube::Error::Api(status)) => {
+            return format!("{} ({} {})", status.message, status.code, status.reason);
+        }
         _ => error.to_string(),
     };
     let mut cause = error.source();

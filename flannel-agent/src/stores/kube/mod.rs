@@ -89,8 +89,7 @@ impl KubeStore {
     /// # Errors
     /// What can't work, and what would.
     pub async fn connect(options: &KubeOptions) -> Result<Self, KubeOptionsError> {
-        let annotations =
-            Annotations::new(&options.annotation_prefix).map_err(KubeOptionsError::Prefix)?;
+        let annotations = Annotations::new(&options.annotation_prefix).map_err(KubeOptionsError::Prefix)?;
         Ok(Self {
             connection: Arc::new(Connection::open(options).await?),
             annotations,
@@ -103,17 +102,14 @@ impl KubeStore {
     /// Our own Node as the API server has it now.
     async fn own_node(&self) -> Result<Node, StoreError> {
         let name = self.connection.node_name().await?;
-        self.connection
-            .get_node(name)
-            .await?
-            .ok_or_else(|| self.connection.not_yet(format!("there is no Node {name}; has its kubelet registered it?")))
+        self.connection.get_node(name).await?.ok_or_else(|| {
+            self.connection.not_yet(format!("there is no Node {name}; has its kubelet registered it?"))
+        })
     }
 
     /// What is to be published instead of our own attributes, where an operator says so.
     fn published(&self, attrs: &LeaseAttrs, present: &Present) -> Result<LeaseAttrs, StoreError> {
-        self.annotations
-            .overwritten(attrs.clone(), present)
-            .map_err(|reason| self.connection.refused(reason))
+        self.annotations.overwritten(attrs.clone(), present).map_err(|reason| self.connection.refused(reason))
     }
 
     async fn annotate(&self, missing: &Present) -> Result<(), StoreError> {
@@ -128,10 +124,13 @@ impl LeaseStore for KubeStore {
     async fn network_config(&self) -> Result<String, StoreError> {
         let path = self.net_config.display();
         let failed = |reason: String| StoreError::NoConfig {
-            place: format!("{path} ({reason}; --net-config-path names the file, a ConfigMap in flannel's manifests)"),
+            place: format!(
+                "{path} ({reason}; --net-config-path names the file, a ConfigMap in flannel's manifests)"
+            ),
             example: CONFIG_EXAMPLE.to_owned(),
         };
-        let size = tokio::fs::metadata(&self.net_config).await.map_err(|error| failed(error.to_string()))?.len();
+        let size =
+            tokio::fs::metadata(&self.net_config).await.map_err(|error| failed(error.to_string()))?.len();
         if size > MAX_CONFIG {
             return Err(failed(format!("it has {size} bytes, at most {MAX_CONFIG} are read")));
         }

@@ -45,13 +45,7 @@ enum Claim {
 
 impl Nodes {
     pub(super) fn new(own: &str, annotations: Annotations, families: Families) -> Self {
-        Self {
-            own: own.to_owned(),
-            annotations,
-            families,
-            claims: BTreeMap::new(),
-            owners: BTreeMap::new(),
-        }
+        Self { own: own.to_owned(), annotations, families, claims: BTreeMap::new(), owners: BTreeMap::new() }
     }
 
     /// The name of our own Node.
@@ -334,7 +328,8 @@ mod tests {
     #[test]
     fn of_two_nodes_with_one_pod_cidr_the_first_has_it_until_it_goes() {
         let mut nodes = nodes();
-        let (h2, h3) = (node("h2", &["10.244.2.0/24"], "10.0.0.2"), node("h3", &["10.244.2.0/24"], "10.0.0.3"));
+        let (h2, h3) =
+            (node("h2", &["10.244.2.0/24"], "10.0.0.2"), node("h3", &["10.244.2.0/24"], "10.0.0.3"));
         nodes.put(&h3);
         assert_eq!(
             told(&nodes.put(&h2)),
@@ -365,7 +360,8 @@ mod tests {
         foreign.metadata.annotations = None;
         let no_cidr = node("h5", &[], "10.0.0.5");
         let good = node("h2", &["10.244.2.0/24"], "10.0.0.2");
-        let LeaseEvent::Snapshot(leases, unreadable) = nodes.replace(&[foreign, no_cidr.clone(), good]) else {
+        let LeaseEvent::Snapshot(leases, unreadable) = nodes.replace(&[foreign, no_cidr.clone(), good])
+        else {
             panic!("no snapshot");
         };
         assert_eq!(leases.len(), 1);

@@ -195,12 +195,16 @@ impl Follower {
                     *version = bookmark.metadata.resource_version;
                     Vec::new()
                 }
-                Ok(Some(Ok(WatchEvent::Error(status)))) if status.code == 410 => return Ok(WatchEnd::Expired),
+                Ok(Some(Ok(WatchEvent::Error(status)))) if status.code == 410 => {
+                    return Ok(WatchEnd::Expired);
+                }
                 Ok(Some(Ok(WatchEvent::Error(status)))) => {
                     let reason = format!("the watch of nodes: {} ({})", status.message, status.code);
                     return Ok(WatchEnd::Over(Some(reason)));
                 }
-                Ok(Some(Err(kube::Error::Api(status)))) if status.code == 410 => return Ok(WatchEnd::Expired),
+                Ok(Some(Err(kube::Error::Api(status)))) if status.code == 410 => {
+                    return Ok(WatchEnd::Expired);
+                }
                 Ok(Some(Err(error))) => {
                     return Ok(WatchEnd::Over(Some(format!("the watch of nodes: {}", describe(&error)))));
                 }
@@ -268,7 +272,9 @@ impl NetworkUp {
             let mut failures = 0_u32;
             while let Err(error) = try_to_say(&connection).await {
                 if failures == 0 {
-                    tracing::warn!("the Node can't be told yet that its network works, trying again: {error}");
+                    tracing::warn!(
+                        "the Node can't be told yet that its network works, trying again: {error}"
+                    );
                 }
                 failures = failures.saturating_add(1);
                 tokio::time::sleep(wait(failures)).await;
