@@ -23,6 +23,9 @@ pub(crate) struct Arguments {
     /// Afterwards those that depend on the kernel once more, on other kernels (`cargo xtask vm`)
     #[arg(long)]
     kernels: bool,
+    /// Those against a real kube-apiserver too; built once, which takes minutes
+    #[arg(long)]
+    kube: bool,
 }
 
 /// Tests of one binary.
@@ -42,17 +45,21 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     require_root()?;
     setup::run()?;
+    if arguments.kube {
+        setup::kube::run()?;
+    }
     build_ebpf::run()?;
+    let features: &[&str] = if arguments.kube { &["--features", "flannel-tests/kube"] } else { &[] };
     // The tests look for it next to themselves; cargo builds no other package's binaries for a test.
     cargo_step("build the agent", "test-agent", cargo().args(["build", "--package", "flannel-agent"]))?;
     let mut compile = cargo();
-    compile.args(["test", "--workspace", "--no-run"]);
+    compile.args(["test", "--workspace", "--no-run"]).args(features);
     cargo_step("build the tests", "test-build", &mut compile)?;
 
     let mut suites: Vec<Suite> = Vec::new();
     let mut step: Option<Step> = None;
     let mut command = cargo();
-    command.env("FLANNEL_REQUIRE_ROOT", "1").args(["test", "--workspace", "--no-fail-fast"]);
+    command.env("FLANNEL_REQUIRE_ROOT", "1").args(["test", "--workspace", "--no-fail-fast"]).args(features);
     if let Some(filter) = &arguments.filter {
         command.arg(filter);
     }
