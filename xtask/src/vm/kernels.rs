@@ -49,37 +49,24 @@ struct Suite {
 enum Archive {
     Main,
     Security,
-    /// Where suites go when their support has ended.
-    Old,
-    OldSecurity,
 }
 
 const fn suite(archive: Archive, name: &'static str) -> Suite {
     Suite { archive, name }
 }
 
-/// Oldest first. 5.10 is the oldest the kernel tiers promise to run on: when it leaves Debian's mirrors it is looked for
-/// in the archive of old suites, and where that has it neither, the row fails rather than becoming a newer kernel.
+/// Oldest first. 5.10 is the oldest the kernel tiers promise to run on: when the mirror
+/// this machine uses has it no more, the row fails rather than becoming a newer kernel.
 pub(super) const KERNELS: [Kernel; 4] = [
     Kernel {
         name: "5.10",
         series: "5.10.",
-        from: From::First(&[
-            suite(Archive::Security, "bullseye-security"),
-            suite(Archive::Main, "bullseye"),
-            suite(Archive::OldSecurity, "bullseye-security"),
-            suite(Archive::Old, "bullseye"),
-        ]),
+        from: From::First(&[suite(Archive::Security, "bullseye-security"), suite(Archive::Main, "bullseye")]),
     },
     Kernel {
         name: "6.1",
         series: "6.1.",
-        from: From::First(&[
-            suite(Archive::Security, "bookworm-security"),
-            suite(Archive::Main, "bookworm"),
-            suite(Archive::OldSecurity, "bookworm-security"),
-            suite(Archive::Old, "bookworm"),
-        ]),
+        from: From::First(&[suite(Archive::Security, "bookworm-security"), suite(Archive::Main, "bookworm")]),
     },
     Kernel {
         name: "6.12",
@@ -167,7 +154,7 @@ struct Apt {
 
 impl Apt {
     fn open(suite: &Suite, step: &Step) -> Result<Self> {
-        let site = suite.archive.site();
+        let site = suite.archive.site()?;
         let what = format!("{} of {site}", suite.name);
         step.note(&what);
         let label = format!("{}-{}", suite.archive.label(), suite.name);
@@ -278,27 +265,42 @@ impl Archive {
         match self {
             Self::Main => "debian",
             Self::Security => "debian-security",
-            Self::Old => "old",
-            Self::OldSecurity => "old-security",
         }
     }
 
-    /// The mirror this machine uses, so that nothing else needs to be reachable; else Debian's own.
-    fn site(self) -> String {
-        let (label, default) = match self {
-            Self::Main => ("Debian", "http://deb.debian.org/debian"),
-            Self::Security => ("Debian-Security", "http://deb.debian.org/debian-security"),
-            Self::Old => return "http://archive.debian.org/debian".to_owned(),
-            Self::OldSecurity => return "http://archive.debian.org/debian-security".to_owned(),
+    /// The mirror this machine gets its own packages from.
+    fn site(self) -> Result<String> {
+        let label = match self {
+            Self::Main => "Debian",
+            Self::Security => "Debian-Security",
         };
         let output = Command::new("apt-get")
             .args(["indextargets", "--format", "$(SITE)", "Created-By: Packages"])
             .arg(format!("Label: {label}"))
-            .output();
-        let text =
-            output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        text.lines().next().map_or_else(|| default.to_owned(), str::to_owned)
+            .output()
+            .context("start apt-get")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        text.lines().next().map(str::to_owned).with_context(|| {
+            format!("the kernels are packages of {label}, which this system's apt does not use; add it to its sources")
+        })
     }
+}
+
+/// The release and its image: in /boot, or since 7.x beside the modules.
+fn image_in(root: &Path) -> Result<(String, PathBuf)> {
+    let names = |folder: PathBuf| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok())
+    };
+    let boot = root.join("boot");
+    let in_boot = names(boot.clone())
+        .find_map(|name| Some((name.strip_prefix("vmlinuz-")?.to_owned(), boot.join(&name))));
+    let modules = root.join("usr/lib/modules");
+    let beside =
+        || names(modules.clone()).map(|release| (release.clone(), modules.join(release).join("vmlinuz")));
+    in_boot
+        .or_else(|| beside().find(|(_, image)| image.is_file()))
+        .context("the packages hold neither /boot/vmlinuz-* nor /usr/lib/modules/*/vmlinuz")
 }
 
 /// Downloads, unpacks and prunes; the release it is.
@@ -318,12 +320,8 @@ fn download(apt: &Apt, version: &str, folder: &Path) -> Result<String> {
         run("vm-unpack", Command::new("dpkg-deb").arg("-x").arg(entry?.path()).arg(&root))?;
     }
 
-    let boot = root.join("boot");
-    let release = fs::read_dir(&boot)?
-        .flatten()
-        .find_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
-        .context("the packages hold no /boot/vmlinuz-*")?;
-    fs::rename(boot.join(format!("vmlinuz-{release}")), folder.join("vmlinuz")).context("take the kernel")?;
+    let (release, image) = image_in(&root)?;
+    fs::rename(&image, folder.join("vmlinuz")).context("take the kernel")?;
 
     // The guest has one /usr, whatever the package's time had.
     let old = root.join("lib/modules");
