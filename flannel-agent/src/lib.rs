@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   stores/                 domain/                     backends/                  host/
-//!    etcd · memory    ──►  LeaseEvent ─► Peers  ──►  desired(own, peers)  ──►  changes ──►  kernel, BPF maps
+//!    etcd · kube      ──►  LeaseEvent ─► Peers  ──►  desired(own, peers)  ──►  changes ──►  kernel, BPF maps
 //!                                                      = HostState            in batches
 //!                              ▲                                                   │
 //!                              └──── agent/: the loop, the only owner of state ────┘
