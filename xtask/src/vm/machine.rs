@@ -204,9 +204,9 @@ fn is_alarm(line: &str) -> bool {
         || line.contains("unregister_netdevice: waiting for")
 }
 
-/// `flannel_encap, flags 1: 394 instructions verified, 230 loaded` → flannel_encap, 394
+/// `flannel_encap, flags 2: 394 instructions verified, 230 loaded` → flannel_encap, 394
 fn instructions_of(line: &str) -> Option<(String, String)> {
-    let (program, rest) = line.split_once(", flags 1: ")?;
+    let (program, rest) = line.split_once(", flags 2: ")?;
     let (count, _) = rest.split_once(" instructions verified")?;
     Some((program.to_owned(), count.to_owned()))
 }
@@ -230,7 +230,7 @@ mod tests {
         boot
     }
 
-    const GOOD: &str = "VM-UP 9.1\nVM-RUN ebpf\nflannel_encap, flags 1: 394 instructions verified, 230 loaded\n\
+    const GOOD: &str = "VM-UP 9.1\nVM-RUN ebpf\nflannel_encap, flags 2: 394 instructions verified, 230 loaded\n\
                         test a ... ok\ntest b ... ignored (needs Linux 6.6: TCX)\n\
                         test result: ok. 1 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out\nVM-RC ebpf 0\nVM-END";
 
