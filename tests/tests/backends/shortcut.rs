@@ -26,7 +26,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             Lab::new("shortcut-legal"),
             legal,
         ),
-        scenario("the_shortcut_outlives_the_agent_and_cleanup_ends_it", Lab::new("shortcut-agent"), agent),
+        scenario("the_shortcut_outlives_the_agent_and_another_tier_ends_it", Lab::new("shortcut-agent"), agent),
         scenario("routed_pods_need_no_shortcut", Lab::new("shortcut-routed").pods(PodLink::Routed), routed),
     ]
 }
@@ -125,7 +125,7 @@ fn legal(lab: &mut Lab) -> Result<()> {
         wait_path(lab, 1, "tc+bridge").with_context(|| off.to_owned())?;
         lab.ping_all_pairs(2)?;
     }
-    // Another program that looks at what leaves for the bridge goes first, and has the last word.
+    // A qdisc that somebody adds to the bridge changes nothing.
     let host = lab.host(1);
     host.netns().output("tc qdisc add dev cni0 clsact")?;
     lab.ping_all_pairs(2)

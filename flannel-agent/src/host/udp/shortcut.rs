@@ -10,7 +10,7 @@
 //! | rules of nftables' bridge family, ebtables | there are none |
 //! | VLAN filtering | it is off |
 //! | a port's state, `locked` | left to the bridge, port by port |
-//! | rules that match `physdev` | – : `br_netfilter` shows them bridged packets only, not those the host routes into the bridge (`br_nf_post_routing` returns at once without `nf_bridge`) |
+//! | rules that match `physdev` | – : `br_netfilter` shows them bridged packets only, not those the host routes into the bridge (by reading `br_nf_post_routing`; no test) |
 //! | the bridge's counters, captures on it | documented |
 //!
 //! Which MAC address is behind which port is the bridge's knowledge, read from its forwarding entries when they change.
