@@ -26,7 +26,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             Lab::new("shortcut-legal"),
             legal,
         ),
-        scenario("the_shortcut_outlives_the_agent_and_another_tier_ends_it", Lab::new("shortcut-agent"), agent),
+        scenario(
+            "the_shortcut_outlives_the_agent_and_another_tier_ends_it",
+            Lab::new("shortcut-agent"),
+            agent,
+        ),
         scenario("routed_pods_need_no_shortcut", Lab::new("shortcut-routed").pods(PodLink::Routed), routed),
     ]
 }
