@@ -25,9 +25,9 @@ use crate::host::netlink::Netlink;
 use crate::host::{HostError, interfaces, sysctl};
 use crate::startup;
 use crate::status::StatusSocket;
-use crate::stores::etcd::{EtcdOptions, EtcdOptionsError, EtcdStore};
+use crate::stores::etcd::{self, EtcdOptions, EtcdOptionsError};
 use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
-use crate::stores::{LeaseRequest, LeaseStore, StoreError};
+use crate::stores::{LeaseRequest, LeaseStore, NetworkStores, StoreError};
 use crate::subnet_env::PreviousSubnets;
 
 /// Questions that may wait while the loop is busy.
@@ -186,7 +186,7 @@ fn path_mtu_lifetime() -> Duration {
 async fn open_store(settings: &Settings) -> Result<Arc<dyn LeaseStore>, StartError> {
     Ok(match &settings.kube {
         Some(kube) => Arc::new(KubeStore::connect(&kube_options(kube)).await?),
-        None => Arc::new(EtcdStore::connect(&etcd_options(&settings.etcd))?),
+        None => etcd::open(&etcd_options(&settings.etcd))?.network(None),
     })
 }
 

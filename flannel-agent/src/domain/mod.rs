@@ -8,6 +8,7 @@ pub mod config;
 pub mod host_state;
 pub mod interface;
 pub mod lease;
+pub mod network_name;
 pub mod path_mtu;
 pub mod peers;
 pub mod wording;

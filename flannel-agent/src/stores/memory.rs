@@ -13,9 +13,10 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
-use super::{CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, decode};
+use super::{CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, check_reservation, decode};
 use crate::domain::allocator::{Choice, Taken, choose};
-use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Subnets, Unreadable};
+use crate::domain::config::NetworkConfig;
+use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets, Unreadable};
 
 const NAME: &str = "the store in memory";
 
@@ -259,6 +260,59 @@ impl LeaseStore for MemoryStore {
         };
         let expires = (!endless).then(|| Instant::now() + LEASE_TTL);
         Ok(state.write(known.subnets, attrs, expires))
+    }
+
+    async fn reservations(&self) -> Result<Vec<Reservation>, StoreError> {
+        let (leases, _) = self.reach()?.list();
+        let endless = leases.into_iter().filter(|lease| lease.expires.is_none());
+        Ok(endless
+            .map(|lease| Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip })
+            .collect())
+    }
+
+    async fn reserve(&self, reservation: &Reservation) -> Result<(), StoreError> {
+        let config = NetworkConfig::parse_ranges(&self.network_config().await?).map_err(|error| {
+            StoreError::Conflict(format!("the network configuration can't be used: {error}"))
+        })?;
+        check_reservation(reservation, &config)?;
+        let mut state = self.reach()?;
+        let subnets = reservation.subnets;
+        let key = subnets.to_string();
+        let attrs = match state.entries.get(&key).map(|entry| lease(&key, entry)) {
+            Some(Ok(lease)) if lease.attrs.public_ip != reservation.public_ip => {
+                return Err(StoreError::taken(subnets, lease.attrs.public_ip));
+            }
+            Some(Ok(lease)) => lease.attrs,
+            Some(Err(_)) => LeaseAttrs::new(reservation.public_ip),
+            None => {
+                let mut others = state.entries.keys().filter_map(|key| key.parse::<Subnets>().ok());
+                if let Some(other) = others.find(|other| other.overlaps(&subnets)) {
+                    return Err(StoreError::Conflict(format!("subnet {subnets} overlaps lease {other}")));
+                }
+                LeaseAttrs::new(reservation.public_ip)
+            }
+        };
+        state.write(subnets, attrs, None);
+        Ok(())
+    }
+
+    async fn unreserve(&self, subnets: Subnets) -> Result<(), StoreError> {
+        let mut state = self.reach()?;
+        let key = subnets.to_string();
+        let endless = state.entries.get(&key).filter(|entry| entry.expires.is_none());
+        let value = endless.ok_or_else(|| StoreError::no_reservation(subnets))?.value.clone();
+        state.put(&key, &value, Some(Instant::now() + LEASE_TTL));
+        Ok(())
+    }
+
+    async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError> {
+        let mut state = self.reach()?;
+        let key = subnets.to_string();
+        if !state.entries.contains_key(&key) {
+            return Err(StoreError::no_lease(subnets));
+        }
+        state.delete(&key);
+        Ok(())
     }
 
     fn watch(&self) -> BoxStream<'static, LeaseEvent> {

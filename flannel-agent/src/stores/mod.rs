@@ -6,19 +6,27 @@
 //! Time is kept by the store. A [`Lease`] carries the moment of its end by this host's monotonic clock, worked out
 //! from the time to live the store names, so no two clocks are ever compared.
 
+mod back_off;
 pub mod etcd;
+mod http;
 pub mod kube;
 pub mod memory;
+mod pem;
+mod registry;
 
+use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
-use crate::domain::allocator::{NoSubnet, Previous, Wish};
+pub use self::registry::RegistryNetworks;
+use crate::domain::allocator::{self, NoSubnet, Previous, Wish};
 use crate::domain::config::NetworkConfig;
 use crate::domain::interface::PublicAddresses;
-use crate::domain::lease::{Lease, LeaseAttrs, LeaseError, LeaseEvent, Subnets, Unreadable};
+use crate::domain::lease::{Lease, LeaseAttrs, LeaseError, LeaseEvent, Reservation, Subnets, Unreadable};
+use crate::domain::network_name::NetworkName;
 
 /// What a node asks for when it takes a lease.
 #[derive(Clone, Debug)]
@@ -60,6 +68,26 @@ pub trait LeaseStore: Send + Sync {
         self.rewrite(lease, &lease.attrs).await
     }
 
+    /// What nodes have for good.
+    async fn reservations(&self) -> Result<Vec<Reservation>, StoreError> {
+        Err(StoreError::NoReservations)
+    }
+
+    /// Gives a node a subnet for good: a free one, or the lease it has. Done already is done.
+    async fn reserve(&self, _reservation: &Reservation) -> Result<(), StoreError> {
+        Err(StoreError::NoReservations)
+    }
+
+    /// Makes a reservation a lease like any other, which ends a day later unless its node renews it.
+    async fn unreserve(&self, _subnets: Subnets) -> Result<(), StoreError> {
+        Err(StoreError::NoReservations)
+    }
+
+    /// Takes a lease away from its node, reserved or not.
+    async fn revoke(&self, _subnets: Subnets) -> Result<(), StoreError> {
+        Err(StoreError::Conflict("leases of this store can't be revoked".into()))
+    }
+
     /// This node has another address: connections made from the former one are dead, though nobody has said so yet.
     fn reconnect(&self) {}
 
@@ -73,6 +101,27 @@ pub trait LeaseStore: Send + Sync {
 
     /// Every lease, our own too, and what changes. Reconnects by itself; never ends.
     fn watch(&self) -> BoxStream<'static, LeaseEvent>;
+}
+
+/// A place that keeps the leases of several networks (contract §5.4).
+pub trait NetworkStores: Send + Sync {
+    /// The leases of one network; without a name, those of the network that has none. It need not exist yet.
+    fn network(&self, name: Option<&NetworkName>) -> Arc<dyn LeaseStore>;
+
+    /// The named networks that have a configuration, and what changes. Reconnects by itself; never ends.
+    fn watch_networks(&self) -> BoxStream<'static, NetworkEvent>;
+}
+
+/// What a place with several networks reports. A stream of them begins with a `Snapshot`, or with an `Interrupted`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetworkEvent {
+    /// All there are; what is not in it is gone. Any of them may have changed.
+    Snapshot(Vec<NetworkName>),
+    /// A network's configuration was written, for the first time or again.
+    Written(NetworkName),
+    Removed(NetworkName),
+    /// The store can't be reached; the next event after it is a `Snapshot`.
+    Interrupted(String),
 }
 
 /// Why a store could not do what it was asked.
@@ -91,12 +140,29 @@ pub enum StoreError {
     /// Our lease is gone or belongs to another node.
     #[error("lease {subnets} is lost: {reason}")]
     LeaseLost { subnets: Subnets, reason: String },
+    /// What is asked contradicts what is there.
+    #[error("{0}")]
+    Conflict(String),
+    #[error("this store keeps no reservations: in Kubernetes a node's pod CIDR is its own for good")]
+    NoReservations,
     /// Will not get better by itself: credentials, certificates, permissions.
     #[error("{store} refused: {reason}")]
     Refused { store: String, reason: String },
 }
 
 impl StoreError {
+    fn taken(subnets: Subnets, by: Ipv4Addr) -> Self {
+        Self::Conflict(format!("subnet {subnets} is leased by {by} already"))
+    }
+
+    fn no_reservation(subnets: Subnets) -> Self {
+        Self::Conflict(format!("subnet {subnets} is not reserved"))
+    }
+
+    fn no_lease(subnets: Subnets) -> Self {
+        Self::Conflict(format!("subnet {subnets} is not leased"))
+    }
+
     fn no_subnet(error: NoSubnet, store: &str) -> Self {
         let text = error.to_string();
         match error {
@@ -116,6 +182,31 @@ pub const LEASE_TTL: Duration = Duration::from_secs(86400);
 
 /// What [`StoreError::NoConfig`] suggests to write.
 const CONFIG_EXAMPLE: &str = r#"{"Network":"10.244.0.0/16"}"#;
+
+/// Whether a lease of these subnets could be given out under `config` (texts as flanneld's, contract §5.2).
+fn check_reservation(reservation: &Reservation, config: &NetworkConfig) -> Result<(), StoreError> {
+    let subnets = &reservation.subnets;
+    if reservation.public_ip.is_unspecified() {
+        return Err(StoreError::Conflict("the reservation names no node: PublicIP is 0.0.0.0".into()));
+    }
+    let lengths = (subnets.v4.map(|net| net.prefix_len()), subnets.v6.map(|net| net.prefix_len()));
+    let wanted = (config.v4.map(|range| range.subnet_len), config.v6.map(|range| range.subnet_len));
+    if lengths != wanted {
+        let length = |length: Option<u8>| length.map_or_else(|| "none".to_owned(), |bits| format!("/{bits}"));
+        return Err(StoreError::Conflict(format!(
+            "reservation subnet has mask incompatible with network config: {subnets} where leases are {} (IPv4) and {} \
+             (IPv6)",
+            length(wanted.0),
+            length(wanted.1)
+        )));
+    }
+    if !allocator::fits(subnets, config) {
+        return Err(StoreError::Conflict(format!(
+            "reservation subnet is outside of flannel network: {subnets} in {config}"
+        )));
+    }
+    Ok(())
+}
 
 /// Tells leases from other entries. `key` is the whole key, `last` its part behind the leases' folder.
 fn decode(key: &str, last: &str, value: &[u8]) -> Result<(Subnets, LeaseAttrs), Unreadable> {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use etcd_client::{Client, LeaseTimeToLiveOptions, PutOptions, Txn, TxnOp};
 use flannel_agent::domain::lease::LeaseEvent;
-use flannel_agent::stores::etcd::{EtcdOptions, EtcdStore};
-use flannel_agent::stores::{LeaseStore, StoreError};
+use flannel_agent::stores::etcd::{self, EtcdOptions};
+use flannel_agent::stores::{LeaseStore, NetworkStores, StoreError};
 use flannel_tests::etcd::{Authority, Certificate, Etcd, ServerTls, Setup, free_port};
 use tokio::net::TcpListener;
 
@@ -30,8 +30,8 @@ fn options(endpoints: &[String]) -> EtcdOptions {
     EtcdOptions { endpoints: endpoints.to_vec(), ..EtcdOptions::default() }
 }
 
-fn store(endpoints: &[String]) -> Result<EtcdStore> {
-    Ok(EtcdStore::connect(&options(endpoints))?)
+fn store(endpoints: &[String]) -> Result<Arc<dyn LeaseStore>> {
+    Ok(etcd::open(&options(endpoints))?.network(None))
 }
 
 /// Waits for a snapshot that holds `count` leases; nothing but snapshots may come.
@@ -157,7 +157,8 @@ pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snaps
     ground.put("10.5.2.0-24", &PEER.replace("2.9", "2.8"), None).await?;
     let Ground::Etcd { options, client, .. } = &ground else { unreachable!() };
     let relay = Relay::start(etcd.address()).await?;
-    let node = EtcdStore::connect(&EtcdOptions { endpoints: vec![relay.endpoint()], ..(**options).clone() })?;
+    let node =
+        etcd::open(&EtcdOptions { endpoints: vec![relay.endpoint()], ..(**options).clone() })?.network(None);
     // Opens the connection, so that the next large answer is the list.
     ensure!(matches!(node.network_config().await, Err(StoreError::NoConfig { .. })));
     relay.hold_requests_after_the_next_answer();
@@ -229,14 +230,14 @@ pub(crate) async fn user_and_password_open_the_door() -> Result<()> {
     let good = with("root", PASSWORD);
     ensure!(!format!("{good:?}").contains(PASSWORD), "Debug shows the password");
     // A user where none is wanted is no reason to stop.
-    let early = EtcdStore::connect(&good)?;
+    let early = etcd::open(&good)?.network(None);
     ensure!(matches!(early.network_config().await, Err(StoreError::NoConfig { .. })));
 
     let etcd = {
         let password = PASSWORD.to_owned();
         tokio::task::spawn_blocking(move || etcd.require_password(&password).map(|()| etcd)).await??
     };
-    let node = EtcdStore::connect(&good)?;
+    let node = etcd::open(&good)?.network(None);
     let lease = node.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
     let mut events = node.watch();
     snapshot_of(&mut events, 1).await?;
@@ -246,12 +247,13 @@ pub(crate) async fn user_and_password_open_the_door() -> Result<()> {
         (with("root", "wrong-password"), "authentication failed"),
         (with("nobody", PASSWORD), "authentication failed"),
     ] {
-        let error = EtcdStore::connect(&options)?.network_config().await.unwrap_err();
+        let error = etcd::open(&options)?.network(None).network_config().await.unwrap_err();
         ensure!(matches!(error, StoreError::Refused { .. }), "{error}");
         let text = format!("{error} {error:?}");
         ensure!(text.contains(wanted), "{wanted}: {text}");
         ensure!(!text.contains(PASSWORD) && !text.contains("wrong-password"), "{text}");
-        let reason = interrupted(&mut EtcdStore::connect(&options)?.watch(), Duration::from_secs(5)).await?;
+        let reason =
+            interrupted(&mut etcd::open(&options)?.network(None).watch(), Duration::from_secs(5)).await?;
         ensure!(reason.contains(wanted), "{reason}");
     }
 
@@ -287,7 +289,7 @@ pub(crate) async fn mutual_tls_works_and_says_what_is_missing() -> Result<()> {
         ..base.clone()
     };
 
-    let node = EtcdStore::connect(&with(&client))?;
+    let node = etcd::open(&with(&client))?.network(None);
     let lease = node.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
     node.renew(&lease).await?;
     let mut events = node.watch();
@@ -303,17 +305,17 @@ pub(crate) async fn mutual_tls_works_and_says_what_is_missing() -> Result<()> {
             "write https://",
         ),
     ] {
-        let error = EtcdStore::connect(&options)?.network_config().await.unwrap_err().to_string();
+        let error = etcd::open(&options)?.network(None).network_config().await.unwrap_err().to_string();
         ensure!(error.contains(wanted), "{wanted}: {error}");
     }
 
-    let error = EtcdStore::connect(&EtcdOptions { key_file: Some(foreign.key), ..with(&client) }).err();
+    let error = etcd::open(&EtcdOptions { key_file: Some(foreign.key), ..with(&client) }).err();
     let error = error.context("a key of another certificate")?.to_string();
     ensure!(
         error.starts_with("--etcd-keyfile ") && error.contains("does not belong to --etcd-certfile"),
         "{error}"
     );
-    let error = EtcdStore::connect(&EtcdOptions { key_file: Some(authority.ca()), ..with(&client) }).err();
+    let error = etcd::open(&EtcdOptions { key_file: Some(authority.ca()), ..with(&client) }).err();
     let error = error.context("a certificate for a key")?.to_string();
     ensure!(error.contains("holds no unencrypted private key"), "{error}");
     Ok(())
@@ -326,11 +328,11 @@ pub(crate) async fn an_authority_alone_verifies_the_server() -> Result<()> {
     // Without a scheme, the authority says that TLS is meant.
     for endpoint in [etcd.endpoint(), etcd.address().to_string()] {
         let good = EtcdOptions { ca_file: Some(authority.ca()), ..options(&[endpoint]) };
-        EtcdStore::connect(&good)?.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
+        etcd::open(&good)?.network(None).acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
     }
     for ca in [Some(stranger.ca()), None] {
         let bad = EtcdOptions { ca_file: ca, ..options(&[etcd.endpoint()]) };
-        let error = EtcdStore::connect(&bad)?.network_config().await.unwrap_err();
+        let error = etcd::open(&bad)?.network(None).network_config().await.unwrap_err();
         ensure!(matches!(error, StoreError::Refused { .. }), "{error}");
         ensure!(error.to_string().contains("--etcd-cafile"), "{error}");
     }
@@ -411,7 +413,7 @@ pub(crate) async fn thousands_of_leases_are_listed_at_one_revision() -> Result<(
 pub(crate) async fn a_running_watch_is_compared_with_a_list() -> Result<()> {
     let etcd = start().await?;
     let options = EtcdOptions { resync: Duration::from_millis(500), ..options(&[etcd.endpoint()]) };
-    let node = EtcdStore::connect(&options)?;
+    let node = etcd::open(&options)?.network(None);
     let mut events = node.watch();
     snapshot_of(&mut events, 0).await?;
     let started = Instant::now();
@@ -509,7 +511,7 @@ pub(crate) async fn keys_outside_the_folder_are_not_ours() -> Result<()> {
 pub(crate) async fn the_prefix_is_cleaned() -> Result<()> {
     let etcd = start().await?;
     let options = EtcdOptions { prefix: "//coreos.com/./network//".into(), ..options(&[etcd.endpoint()]) };
-    let node = EtcdStore::connect(&options)?;
+    let node = etcd::open(&options)?.network(None);
     let error = node.network_config().await.unwrap_err().to_string();
     ensure!(
         error.contains("no network configuration at /coreos.com/network/config in etcd at http://"),
@@ -527,7 +529,7 @@ pub(crate) async fn nothing_that_cannot_work_is_accepted() -> Result<()> {
         (options(&["ftp://10.0.0.1:21".into()]), "\"ftp://10.0.0.1:21\" is neither"),
         (options(&["http://10.0.0.1".into()]), "has no :port"),
     ] {
-        let error = EtcdStore::connect(&options).err().context("an error")?.to_string();
+        let error = etcd::open(&options).err().context("an error")?.to_string();
         ensure!(error.contains(wanted), "{error}");
     }
     Ok(())

@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 use etcd_client::{Client, DeleteOptions, GetOptions, PutOptions};
 use flannel_agent::domain::config::{BackendConfig, NetworkConfig, SubnetRange};
 use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Subnets, Unreadable};
-use flannel_agent::stores::etcd::{EtcdOptions, EtcdStore};
+use flannel_agent::stores::etcd::{self, EtcdOptions};
 use flannel_agent::stores::memory::MemoryStore;
-use flannel_agent::stores::{LeaseRequest, LeaseStore};
+use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores};
 use flannel_tests::etcd::Etcd;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -44,9 +44,7 @@ impl Ground {
     pub(crate) fn node(&self) -> Arc<dyn LeaseStore> {
         match self {
             Self::Memory(store) => Arc::new(store.clone()),
-            Self::Etcd { options, .. } => {
-                Arc::new(EtcdStore::connect(options).expect("the options are good"))
-            }
+            Self::Etcd { options, .. } => etcd::open(options).expect("the options are good").network(None),
         }
     }
 

@@ -125,6 +125,22 @@ impl NetworkConfig {
     /// # Errors
     /// Names the first field that breaks a rule.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        Self::read(text, BackendConfig::parse)
+    }
+
+    /// Reads what leases are made of and does not look at `Backend`: who gives out leases need not know what carries
+    /// the nodes' packets.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn parse_ranges(text: &str) -> Result<Self, ConfigError> {
+        Self::read(text, |_, _| Ok(BackendConfig::Alloc))
+    }
+
+    fn read(
+        text: &str,
+        backend: impl FnOnce(&Object, &mut Vec<String>) -> Result<BackendConfig, ConfigError>,
+    ) -> Result<Self, ConfigError> {
         let object = Object::parse(text)?;
         let mut warnings = object.unknown_keys("", &KEYS);
 
@@ -144,7 +160,7 @@ impl NetworkConfig {
             subnet_min: object.nullable_text::<Ipv6Addr>("IPv6SubnetMin", V6.address_format)?,
             subnet_max: object.nullable_text::<Ipv6Addr>("IPv6SubnetMax", V6.address_format)?,
         };
-        let backend = BackendConfig::parse(&object, &mut warnings)?;
+        let backend = backend(&object, &mut warnings)?;
 
         if !enable_v4 && !enable_v6 {
             return Err(ConfigError::NoFamily);

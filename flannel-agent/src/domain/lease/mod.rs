@@ -57,6 +57,13 @@ pub struct Lease {
     pub revision: u64,
 }
 
+/// A subnet that a node has for good (contract §3.9): it waits for the node, also while that is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    pub subnets: Subnets,
+    pub public_ip: Ipv4Addr,
+}
+
 /// What a store reports while it is watched. A stream of them always begins with a `Snapshot`, or an
 /// `Interrupted` when the store can't be reached yet.
 #[derive(Clone, Debug, PartialEq)]

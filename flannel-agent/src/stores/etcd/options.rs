@@ -4,15 +4,17 @@
 //! as a missing file or a key that belongs to another certificate, is an error at once that names the flag.
 
 use std::fmt;
-use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Certificate, Identity, TlsOptions};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use crate::stores::pem::{self, PemError};
+
+const CA_FILE: &str = "--etcd-cafile";
+const CERT_FILE: &str = "--etcd-certfile";
+const KEY_FILE: &str = "--etcd-keyfile";
 
 /// The `--etcd-*` flags. Empty texts and paths mean "not given".
 #[derive(Clone)]
@@ -74,12 +76,8 @@ pub enum EtcdOptionsError {
     Endpoint { endpoint: String, reason: &'static str },
     #[error("{given} is given without {missing}: both or neither")]
     Incomplete { given: &'static str, missing: &'static str },
-    #[error("{flag}: can't read {path}: {source}")]
-    Unreadable { flag: &'static str, path: PathBuf, source: io::Error },
-    #[error("{flag}: {path} {reason}")]
-    Pem { flag: &'static str, path: PathBuf, reason: String },
-    #[error("--etcd-keyfile {key} does not belong to --etcd-certfile {cert}: {reason}")]
-    Mismatch { cert: PathBuf, key: PathBuf, reason: String },
+    #[error(transparent)]
+    Pem(#[from] PemError),
 }
 
 /// Options that passed every check.
@@ -104,20 +102,20 @@ pub(super) fn check(options: &EtcdOptions) -> Result<Checked, EtcdOptionsError> 
     let key = given(&options.key_file);
     let ca = given(&options.ca_file);
     let identity = match (cert, key) {
-        (Some(cert), Some(key)) => Some(identity(cert, key)?),
+        (Some(cert), Some(key)) => Some(pem::identity(CERT_FILE, cert, KEY_FILE, key)?),
         (None, None) => None,
-        (Some(_), None) => return Err(incomplete("--etcd-certfile", "--etcd-keyfile")),
-        (None, Some(_)) => return Err(incomplete("--etcd-keyfile", "--etcd-certfile")),
+        (Some(_), None) => return Err(incomplete(CERT_FILE, KEY_FILE)),
+        (None, Some(_)) => return Err(incomplete(KEY_FILE, CERT_FILE)),
     };
     let mut tls = TlsOptions::new();
     tls = match ca {
-        Some(path) => tls.ca_certificate(Certificate::from_pem(authorities(path)?)),
+        Some(path) => tls.ca_certificate(Certificate::from_pem(pem::authorities(CA_FILE, path)?)),
         None => tls.with_native_roots(),
     };
     let has_client_cert = identity.is_some();
     let wants_tls = has_client_cert || ca.is_some();
     if let Some(identity) = identity {
-        tls = tls.identity(identity);
+        tls = tls.identity(Identity::from_pem(identity.cert, identity.key));
     }
 
     let mut endpoints = Vec::new();
@@ -206,66 +204,6 @@ fn without_user(endpoint: &str) -> String {
         },
         None => endpoint.to_owned(),
     }
-}
-
-fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, EtcdOptionsError> {
-    std::fs::read(path).map_err(|source| EtcdOptionsError::Unreadable { flag, path: path.into(), source })
-}
-
-fn certificates(
-    flag: &'static str,
-    path: &Path,
-    pem: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, EtcdOptionsError> {
-    let bad = |reason: String| EtcdOptionsError::Pem { flag, path: path.into(), reason };
-    let list: Vec<_> = CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<_, _>>()
-        .map_err(|error| bad(format!("is not PEM: {error}")))?;
-    match list.is_empty() {
-        true => {
-            Err(bad("holds no certificate (a PEM block that begins with -----BEGIN CERTIFICATE-----)".into()))
-        }
-        false => Ok(list),
-    }
-}
-
-fn authorities(path: &Path) -> Result<Vec<u8>, EtcdOptionsError> {
-    const FLAG: &str = "--etcd-cafile";
-    let pem = read(FLAG, path)?;
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in certificates(FLAG, path, &pem)? {
-        roots.add(certificate).map_err(|error| EtcdOptionsError::Pem {
-            flag: FLAG,
-            path: path.into(),
-            reason: format!("holds a certificate that can't be used: {error}"),
-        })?;
-    }
-    Ok(pem)
-}
-
-fn identity(cert_path: &Path, key_path: &Path) -> Result<Identity, EtcdOptionsError> {
-    let cert = read("--etcd-certfile", cert_path)?;
-    let key = read("--etcd-keyfile", key_path)?;
-    let chain = certificates("--etcd-certfile", cert_path, &cert)?;
-    let private = PrivateKeyDer::from_pem_slice(&key).map_err(|error| EtcdOptionsError::Pem {
-        flag: "--etcd-keyfile",
-        path: key_path.into(),
-        reason: format!("holds no unencrypted private key in PEM: {error}"),
-    })?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .and_then(|builder| {
-            builder
-                .with_root_certificates(rustls::RootCertStore::empty())
-                .with_client_auth_cert(chain, private)
-        })
-        .map_err(|error| EtcdOptionsError::Mismatch {
-            cert: cert_path.into(),
-            key: key_path.into(),
-            reason: error.to_string(),
-        })?;
-    Ok(Identity::from_pem(cert, key))
 }
 
 /// Go's `path.Clean` without its special case for the empty path: keys are `<prefix>/config`, and `path.Join` drops

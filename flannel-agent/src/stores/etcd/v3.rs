@@ -22,7 +22,9 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::options::{Checked, Endpoint};
-use super::{Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd, Written};
+use crate::stores::registry::{
+    Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd, Written,
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// For one call at one endpoint, connecting included.
@@ -304,9 +306,9 @@ impl Registry for V3 {
         &self,
         key: &str,
         value: String,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Written>, RegistryError> {
-        self.put(key, value, Compare::version(key, CompareOp::Equal, 0), Some(ttl)).await
+        self.put(key, value, Compare::version(key, CompareOp::Equal, 0), ttl).await
     }
 
     async fn update(

@@ -8,7 +8,7 @@
 //!     └──────── broken: Interrupted once ───────────────┘
 //! ```
 //!
-//! A watch is never trusted alone: it is compared with a fresh list at an interval. While etcd is away there is one
+//! A watch is never trusted alone: it is compared with a fresh list at an interval. While the store is away there is one
 //! event, and one attempt per wait, which grows from 100 ms to 5 s; waits are random so that nodes come back one by
 //! one. A watch that breaks again and again right after it was opened counts as away.
 
@@ -17,15 +17,14 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream, StreamExt};
-use rand::Rng;
 use tokio::time::{Instant, sleep_until};
 
-use super::{Entry, Held, HeldEntry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd};
+use super::leases::{Held, HeldEntry};
+use super::{Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd};
 use crate::domain::lease::{Lease, LeaseEvent, Unreadable};
+use crate::stores::back_off::{BackOff, jittered};
 use crate::stores::{LEASE_TTL, decode};
 
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// A watch that lived this long was a good one: the next failure is a new one.
 const PROVEN: Duration = Duration::from_secs(10);
 /// When a compare could not be made although the watch lives.
@@ -40,7 +39,7 @@ pub(super) struct Watcher {
     open: Option<Open>,
     /// Everything up to here was told; older notices are repetitions.
     revision: u64,
-    failures: u32,
+    back_off: BackOff,
     retry_at: Instant,
     /// `Interrupted` was said and no snapshot since.
     away: bool,
@@ -73,7 +72,7 @@ impl Watcher {
             ready: VecDeque::new(),
             open: None,
             revision: 0,
-            failures: 0,
+            back_off: BackOff::default(),
             retry_at: Instant::now(),
             away: false,
         }
@@ -111,13 +110,15 @@ impl Watcher {
                 Happened::CompareIsDue => self.compare().await,
                 Happened::Ended(end) => {
                     if open.since.elapsed() >= PROVEN {
-                        self.failures = 0;
+                        self.back_off = BackOff::default();
                     }
                     self.open = None;
                     match end {
                         WatchEnd::Broken(reason) => self.failed(reason),
                         WatchEnd::Compacted => {
-                            tracing::debug!("etcd compacted what the watch had not seen yet, listing again");
+                            tracing::debug!(
+                                "the store compacted what the watch had not seen yet, listing again"
+                            );
                             self.wait_longer();
                         }
                     }
@@ -147,7 +148,7 @@ impl Watcher {
                 tracing::warn!(
                     was = self.revision,
                     is = listing.revision,
-                    "etcd's revision went backwards: it was restored or replaced"
+                    "the store's revision went backwards: it was restored or replaced"
                 );
                 self.open = None;
                 self.retry_at = Instant::now();
@@ -205,8 +206,10 @@ impl Watcher {
 
     /// Exact for our own entry. For others' an upper bound without asking: a day from now, the longest flanneld gives.
     async fn expiry(&mut self, entry: &Entry) -> Option<std::time::Instant> {
-        if entry.lifetime == Lifetime::Forever {
-            return None;
+        match entry.lifetime {
+            Lifetime::Forever => return None,
+            Lifetime::Until(end) => return Some(end),
+            Lifetime::Lease(_) => {}
         }
         let now = std::time::Instant::now();
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -234,21 +237,14 @@ impl Watcher {
     }
 
     fn wait_longer(&mut self) {
-        let longest = FIRST_WAIT.saturating_mul(1 << self.failures.min(10)).min(LONGEST_WAIT);
-        self.failures = self.failures.saturating_add(1);
-        self.retry_at = Instant::now() + longest.mul_f64(rand::rng().random_range(0.5..=1.0));
+        self.retry_at = Instant::now() + self.back_off.next();
     }
-}
-
-/// Give or take a fifth.
-fn jittered(interval: Duration) -> Duration {
-    interval.mul_f64(rand::rng().random_range(0.8..=1.2))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stores::etcd::{Deleted, Written};
+    use crate::stores::registry::{Deleted, Written};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -304,7 +300,12 @@ mod tests {
             Ok(Listing { entries: keys.iter().map(|key| entry(key, 1)).collect(), revision })
         }
 
-        async fn create(&self, _: &str, _: String, _: Duration) -> Result<Option<Written>, RegistryError> {
+        async fn create(
+            &self,
+            _: &str,
+            _: String,
+            _: Option<Duration>,
+        ) -> Result<Option<Written>, RegistryError> {
             Ok(None)
         }
 
