@@ -38,6 +38,7 @@ pub mod commands;
 pub mod domain;
 pub mod health;
 pub mod host;
+pub mod server;
 pub mod startup;
 pub mod status;
 pub mod stores;

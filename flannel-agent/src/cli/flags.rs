@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, CommandFactory, Parser};
 use super::go;
 use super::go::Kind;
 use super::kube::KubeFlags;
+use super::server::{NetworksFlags, ServerFlags};
 use super::settings::Secret;
 use crate::domain::host_state::{Datapath, SourceCheck, SourcePort};
 use crate::domain::interface::Pattern;
@@ -31,6 +32,10 @@ pub(super) struct Flags {
     pub(super) etcd: EtcdFlags,
     #[command(flatten)]
     pub(super) kube: KubeFlags,
+    #[command(flatten)]
+    pub(super) server: ServerFlags,
+    #[command(flatten)]
+    pub(super) networks: NetworksFlags,
     #[command(flatten)]
     pub(super) interface: InterfaceFlags,
     #[command(flatten)]
@@ -177,30 +182,6 @@ pub(super) struct NotBuiltFlags {
     /// Drop packets to unleased addresses of this node's subnet
     #[arg(long, action = ArgAction::Set, default_value = "false", value_parser = go::boolean)]
     pub(super) ip_blackhole_route: bool,
-    /// Serve leases to other nodes
-    #[arg(long, value_name = "ADDRESS")]
-    pub(super) listen: Option<String>,
-    /// Lease from a flannel server
-    #[arg(long, value_name = "ADDRESS")]
-    pub(super) remote: Option<String>,
-    /// Certificate authority between client and server
-    #[arg(long, value_name = "FILE")]
-    pub(super) remote_cafile: Option<String>,
-    /// Certificate between client and server
-    #[arg(long, value_name = "FILE")]
-    pub(super) remote_certfile: Option<String>,
-    /// Its key
-    #[arg(long, value_name = "FILE")]
-    pub(super) remote_keyfile: Option<String>,
-    /// Several networks, by name
-    #[arg(long, value_name = "NAMES")]
-    pub(super) networks: Option<String>,
-    /// Several networks, whichever there are
-    #[arg(long, action = ArgAction::Set, default_value = "false", value_parser = go::boolean)]
-    pub(super) watch_networks: bool,
-    /// Directory for the files of several networks
-    #[arg(long, value_name = "DIR", default_value = SUBNET_DIR)]
-    pub(super) subnet_dir: String,
     /// Verbosity by source file
     #[arg(long, value_name = "PATTERN=LEVEL")]
     pub(super) vmodule: Option<String>,

@@ -30,7 +30,8 @@ pub(super) struct KubeFlags {
     /// Prefix of the annotations on Nodes
     #[arg(long, value_name = "PREFIX", default_value = KUBE_ANNOTATION_PREFIX)]
     pub(super) kube_annotation_prefix: String,
-    /// The network configuration
+    /// The network configuration, also of a server with an embedded store: there a folder may hold NAME.json of several
+    /// networks, and the default is /etc/flannel/net-conf.json
     #[arg(long, value_name = "FILE", default_value = NET_CONFIG_PATH)]
     pub(super) net_config_path: String,
     /// Set the Node's condition NetworkUnavailable to False once the network works
@@ -72,6 +73,12 @@ impl PodVariables {
 }
 
 impl KubeFlags {
+    /// The folder or file of `--net-config-path`, where it was set to something.
+    pub(super) fn given_net_config(&self) -> Option<PathBuf> {
+        (self.net_config_path != NET_CONFIG_PATH && !self.net_config_path.is_empty())
+            .then(|| PathBuf::from(&self.net_config_path))
+    }
+
     /// `None` when leases come from elsewhere; then the flags that have no effect are named, as the operator wrote them.
     pub(super) fn resolve(self, pod: &PodVariables) -> Result<Option<KubeSettings>, Vec<&'static str>> {
         let given = |value: Option<String>| value.filter(|text| !text.is_empty());

@@ -10,6 +10,7 @@
 mod flags;
 mod go;
 mod kube;
+mod server;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -26,8 +27,11 @@ use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
 pub use self::kube::KubeSettings;
 use self::kube::PodVariables;
+pub use self::server::{EmbeddedSettings, NetworksSettings, RemoteSettings, ServeSettings};
 use self::settings::Origins;
-pub use self::settings::{ClientCertificate, EtcdSettings, Login, Secret, Settings, Verbosity};
+pub use self::settings::{
+    ClientCertificate, EtcdSettings, Login, Secret, Settings, StoreSettings, Verbosity,
+};
 use crate::domain::wording::{nearest, quoted, shown};
 
 /// The name under which the binary is the daemon and nothing else.

@@ -6,10 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::flags::{
-    EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, LogFlags, NodeFlags, NotBuiltFlags, SUBNET_DIR,
-};
+use super::flags::{EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, LogFlags, NodeFlags, NotBuiltFlags};
 use super::kube::{KubeFlags, KubeSettings, PodVariables};
+use super::server::{
+    EmbeddedSettings, NetworksSettings, RemoteSettings, SERVED_CONFIG_PATH, ServeSettings, Served,
+};
 use crate::domain::config::TUNNEL_MTUS;
 use crate::domain::host_state::TunnelOptions;
 use crate::domain::interface::{PublicAddresses, Selector};
@@ -24,9 +25,11 @@ const MAX_SOCKET_PATH: usize = 107;
 /// Everything the daemon was told.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
-    pub etcd: EtcdSettings,
-    /// Leases come from Kubernetes, not from etcd.
-    pub kube: Option<KubeSettings>,
+    pub store: StoreSettings,
+    /// Serve the leases to other nodes instead of joining a network.
+    pub serve: Option<ServeSettings>,
+    /// Join several networks instead of the one without a name.
+    pub networks: Option<NetworksSettings>,
     /// In the order they are tried; empty means by `public`, else by the default route.
     pub selectors: Vec<Selector>,
     pub public: PublicAddresses,
@@ -45,6 +48,17 @@ pub struct Settings {
     pub verbosity: Verbosity,
     /// What an operator should be told.
     pub warnings: Vec<String>,
+}
+
+/// Where leases are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreSettings {
+    Etcd(EtcdSettings),
+    Kube(KubeSettings),
+    /// At a flannel server.
+    Remote(RemoteSettings),
+    /// In a file of this server.
+    Embedded(EmbeddedSettings),
 }
 
 /// How to reach etcd.
@@ -133,13 +147,27 @@ impl Settings {
         resolver.refuse_not_built(&flags.not_built)?;
         let margin = flags.etcd.subnet_lease_renew_margin;
         let etcd = resolver.etcd(flags.etcd)?;
-        let kube = resolver.kube(flags.kube, pod);
+        let served = resolver.server(flags.server)?;
+        let networks = resolver.networks(flags.networks)?;
+        let store = resolver.store(etcd, flags.kube, &served, pod)?;
+        if let (Some(_), StoreSettings::Kube(_)) = (&networks, &store) {
+            let text = "-kube-subnet-mgr leases from one network, leave -networks out".to_owned();
+            return Err(SettingsError { text, code: 2 });
+        }
+        if let (Some(_), Some(serve)) = (&networks, &served.serve) {
+            let text = format!(
+                "-listen {} serves every network there is, leave -networks out",
+                quoted(&serve.listen)
+            );
+            return Err(SettingsError { text, code: 2 });
+        }
         let (selectors, public) = resolver.interface(flags.interface)?;
         let verbosity = resolver.log(&flags.log)?;
         let NodeFlags { subnet_file, healthz_ip, healthz_port, status_socket } = flags.node;
         let settings = Self {
-            etcd,
-            kube,
+            store,
+            serve: served.serve,
+            networks,
             selectors,
             public,
             subnet_file: resolver.file("subnet-file", subnet_file)?,
@@ -160,18 +188,18 @@ impl Settings {
     }
 }
 
-struct Resolver<'a> {
+pub(super) struct Resolver<'a> {
     origins: &'a Origins,
-    warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 impl Resolver<'_> {
     /// The flag as the operator wrote it.
-    fn name(&self, flag: &str) -> String {
+    pub(super) fn name(&self, flag: &str) -> String {
         self.origins.get(flag).cloned().unwrap_or_else(|| format!("-{flag}"))
     }
 
-    fn invalid(&self, flag: &str, value: &str, expected: &str) -> SettingsError {
+    pub(super) fn invalid(&self, flag: &str, value: &str, expected: &str) -> SettingsError {
         let text = format!("invalid value {} for {}: {expected}", quoted(value), self.name(flag));
         SettingsError { text, code: 2 }
     }
@@ -184,14 +212,6 @@ impl Resolver<'_> {
             ("iptables-forward-rules", flags.iptables_forward_rules == Some(true), "forward rules"),
             ("iptables-resync", flags.iptables_resync != IPTABLES_RESYNC, "firewall rules"),
             ("ip-blackhole-route", flags.ip_blackhole_route, "the blackhole route"),
-            ("listen", given(&flags.listen), "serving leases to other nodes"),
-            ("remote", given(&flags.remote), "leasing from a flannel server"),
-            ("remote-cafile", given(&flags.remote_cafile), "leasing from a flannel server"),
-            ("remote-certfile", given(&flags.remote_certfile), "leasing from a flannel server"),
-            ("remote-keyfile", given(&flags.remote_keyfile), "leasing from a flannel server"),
-            ("networks", given(&flags.networks), "several networks"),
-            ("watch-networks", flags.watch_networks, "several networks"),
-            ("subnet-dir", flags.subnet_dir != SUBNET_DIR, "several networks"),
             ("vmodule", given(&flags.vmodule), "verbosity by source file"),
             ("log_backtrace_at", given(&flags.log_backtrace_at), "stack traces in the log"),
         ]
@@ -218,18 +238,8 @@ impl Resolver<'_> {
                 .map_err(|expected| self.invalid("etcd-endpoints", &flags.etcd_endpoints, &expected))?;
         }
         let path = |file: Option<String>| file.filter(|file| !file.is_empty()).map(PathBuf::from);
-        let identity = match (path(flags.etcd_certfile), path(flags.etcd_keyfile)) {
-            (Some(cert_file), Some(key_file)) => Some(ClientCertificate { cert_file, key_file }),
-            (None, None) => None,
-            (given, _) => {
-                let (given, missing) =
-                    if given.is_some() { ("certfile", "keyfile") } else { ("keyfile", "certfile") };
-                let given = self.name(&format!("etcd-{given}"));
-                let text = format!("{given} is given without -etcd-{missing}: a certificate needs its key");
-                // As 0.7.0 ends; today's flanneld would talk to etcd without TLS.
-                return Err(SettingsError { text, code: 1 });
-            }
-        };
+        let (cert, key) = (path(flags.etcd_certfile), path(flags.etcd_keyfile));
+        let identity = self.certificate(cert, key, "etcd-certfile", "etcd-keyfile")?;
         let password = flags.etcd_password.unwrap_or_default();
         let login = match flags.etcd_username.filter(|username| !username.is_empty()) {
             Some(username) => Some(Login { username, password }),
@@ -250,13 +260,61 @@ impl Resolver<'_> {
         })
     }
 
-    fn kube(&mut self, flags: KubeFlags, pod: &PodVariables) -> Option<KubeSettings> {
-        flags.resolve(pod).unwrap_or_else(|idle| {
-            for flag in idle {
+    /// A certificate with its key, or neither.
+    pub(super) fn certificate(
+        &self,
+        cert: Option<PathBuf>,
+        key: Option<PathBuf>,
+        cert_flag: &str,
+        key_flag: &str,
+    ) -> Result<Option<ClientCertificate>, SettingsError> {
+        let (given, missing) = match (cert, key) {
+            (Some(cert_file), Some(key_file)) => return Ok(Some(ClientCertificate { cert_file, key_file })),
+            (None, None) => return Ok(None),
+            (Some(_), None) => (cert_flag, key_flag),
+            (None, Some(_)) => (key_flag, cert_flag),
+        };
+        let given = self.name(given);
+        let text = format!("{given} is given without -{missing}: a certificate needs its key");
+        // As 0.7.0 ends; today's flanneld would talk to etcd without TLS.
+        Err(SettingsError { text, code: 1 })
+    }
+
+    fn store(
+        &mut self,
+        etcd: EtcdSettings,
+        kube: KubeFlags,
+        served: &Served,
+        pod: &PodVariables,
+    ) -> Result<StoreSettings, SettingsError> {
+        let net_config = kube.given_net_config();
+        let is_embedded = served.embedded.is_some();
+        let kube = kube.resolve(pod).unwrap_or_else(|idle| {
+            for flag in idle.into_iter().filter(|flag| !(is_embedded && *flag == "net-config-path")) {
                 let name = self.name(flag);
                 self.warnings.push(format!("{name} has no effect without -kube-subnet-mgr"));
             }
             None
+        });
+        if let Some(kube) = kube {
+            let other = [("listen", served.serve.is_some()), ("remote", served.remote.is_some())];
+            return match other.into_iter().find(|(_, set)| *set) {
+                Some((flag, _)) => {
+                    let (kube, other) = (self.name("kube-subnet-mgr"), self.name(flag));
+                    let text =
+                        format!("{kube} and {other}: leases come from Kubernetes or from a server, not both");
+                    Err(SettingsError { text, code: 2 })
+                }
+                None => Ok(StoreSettings::Kube(kube)),
+            };
+        }
+        Ok(match (&served.remote, &served.embedded) {
+            (Some(remote), _) => StoreSettings::Remote(remote.clone()),
+            (None, Some(path)) => {
+                let net_config = net_config.unwrap_or_else(|| SERVED_CONFIG_PATH.into());
+                StoreSettings::Embedded(EmbeddedSettings { path: path.clone(), net_config })
+            }
+            (None, None) => StoreSettings::Etcd(etcd),
         })
     }
 
@@ -360,7 +418,7 @@ impl Resolver<'_> {
         Ok(PathBuf::from(path))
     }
 
-    fn absolute(&self, flag: &str, path: String) -> Result<PathBuf, SettingsError> {
+    pub(super) fn absolute(&self, flag: &str, path: String) -> Result<PathBuf, SettingsError> {
         if !path.starts_with('/') {
             return Err(self.invalid(flag, &path, "must be a path from the root"));
         }

@@ -5,7 +5,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -13,9 +12,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::open::{self, OpenError};
+use super::serve::{self, ServeError};
 use crate::agent::{Agent, AgentOptions, End, Node};
 use crate::backends::{self, BackendContext, BackendError};
-use crate::cli::{EtcdSettings, KubeSettings, Settings, VERSION};
+use crate::cli::{Settings, VERSION};
 use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::interface::{self, ExistingLink, Families, InterfaceError, Selection};
 use crate::domain::lease::Lease;
@@ -25,9 +26,7 @@ use crate::host::netlink::Netlink;
 use crate::host::{HostError, interfaces, sysctl};
 use crate::startup;
 use crate::status::StatusSocket;
-use crate::stores::etcd::{self, EtcdOptions, EtcdOptionsError};
-use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
-use crate::stores::{LeaseRequest, LeaseStore, NetworkStores, StoreError};
+use crate::stores::{LeaseRequest, StoreError};
 use crate::subnet_env::PreviousSubnets;
 
 /// Questions that may wait while the loop is busy.
@@ -40,9 +39,9 @@ const PROVISIONAL_DEVICE: &str = "flannel0";
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]
-    Etcd(#[from] EtcdOptionsError),
+    Open(#[from] OpenError),
     #[error(transparent)]
-    Kube(#[from] KubeOptionsError),
+    Serve(#[from] ServeError),
     #[error("can't serve /healthz on {address}: {source}; is --healthz-port in use?")]
     Health { address: std::net::SocketAddr, source: std::io::Error },
     #[error("can't listen on --status-socket {path}: {source}")]
@@ -67,10 +66,14 @@ pub async fn run(settings: Settings) -> ExitCode {
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
+    let stays = match settings.serve {
+        Some(_) => "nodes keep their leases",
+        None => "devices, routes and programs stay and carry traffic on",
+    };
     let stop = CancellationToken::new();
     match start_and_run(settings, stop).await {
         Ok(End::Stopped) => {
-            tracing::info!("exiting; devices, routes and programs stay and carry traffic on");
+            tracing::info!("exiting; {stays}");
             ExitCode::SUCCESS
         }
         Ok(End::LeaseLost(reason)) => {
@@ -95,6 +98,11 @@ async fn start_and_run(settings: Settings, stop: CancellationToken) -> Result<En
         let listener =
             health::bind(address).await.map_err(|source| StartError::Health { address, source })?;
         tokio::spawn(health::serve(listener, health.clone(), stop.clone()));
+    }
+    if let Some(serve) = &settings.serve {
+        health.done("subnet.env");
+        serve::run(serve, &settings.store, &health, stop).await?;
+        return Ok(End::Stopped);
     }
     let status = match &settings.status_socket {
         Some(path) => Some(
@@ -131,7 +139,7 @@ async fn prepare(settings: &Settings, health: &Health) -> Result<(Node, LinuxHos
     for reason in &previous.ignored {
         tracing::warn!("{}: {reason}", settings.subnet_file.display());
     }
-    let store = open_store(settings).await?;
+    let store = open::store(&settings.store).await?;
     let config = startup::wait_for_config(store.as_ref(), health).await?;
     for warning in &config.warnings {
         tracing::warn!("network configuration: {warning}");
@@ -181,37 +189,6 @@ fn path_mtu_lifetime() -> Duration {
     const LEAST: Duration = Duration::from_secs(5);
     let kernels = sysctl::read("net/ipv4/route/mtu_expires").ok().and_then(|text| text.trim().parse().ok());
     Duration::from_secs(kernels.unwrap_or(600)).max(LEAST)
-}
-
-async fn open_store(settings: &Settings) -> Result<Arc<dyn LeaseStore>, StartError> {
-    Ok(match &settings.kube {
-        Some(kube) => Arc::new(KubeStore::connect(&kube_options(kube)).await?),
-        None => etcd::open(&etcd_options(&settings.etcd))?.network(None),
-    })
-}
-
-fn kube_options(settings: &KubeSettings) -> KubeOptions {
-    KubeOptions {
-        api_url: settings.api_url.clone(),
-        kubeconfig: settings.kubeconfig.clone(),
-        annotation_prefix: settings.annotation_prefix.clone(),
-        net_config: settings.net_config.clone(),
-        set_network_unavailable: settings.set_network_unavailable,
-        node: NodeIdentity { node: settings.node.clone(), pod: settings.pod.clone() },
-    }
-}
-
-fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {
-    EtcdOptions {
-        endpoints: settings.endpoints.clone(),
-        prefix: settings.prefix.clone(),
-        cert_file: settings.identity.as_ref().map(|identity| identity.cert_file.clone()),
-        key_file: settings.identity.as_ref().map(|identity| identity.key_file.clone()),
-        ca_file: settings.ca_file.clone(),
-        username: settings.login.as_ref().map(|login| login.username.clone()),
-        password: settings.login.as_ref().map(|login| login.password.expose().to_owned()),
-        ..EtcdOptions::default()
-    }
 }
 
 async fn tunnel_device(netlink: &Netlink, lease: &Lease) -> Result<String, StartError> {

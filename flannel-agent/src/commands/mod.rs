@@ -2,6 +2,8 @@
 
 pub mod cleanup;
 pub mod daemon;
+mod open;
+mod serve;
 mod sight;
 pub mod status;
 pub mod top;

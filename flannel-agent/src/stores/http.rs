@@ -136,6 +136,8 @@ impl Answer {
 }
 
 fn client(tls: &ClientTls) -> Result<Client, reqwest::Error> {
+    // The client asks for the process's. That it is installed already is fine.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = ClientBuilder::new()
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_keepalive(KEEP_ALIVE)

@@ -7,12 +7,14 @@
 //! from the time to live the store names, so no two clocks are ever compared.
 
 mod back_off;
+pub mod embedded;
 pub mod etcd;
 mod http;
 pub mod kube;
 pub mod memory;
-mod pem;
+pub(crate) mod pem;
 mod registry;
+pub mod remote;
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;

@@ -19,10 +19,25 @@ pub enum PemError {
 }
 
 /// A certificate with its key, PEM, that belong together.
-#[derive(Clone)]
-pub(super) struct IdentityPem {
-    pub(super) cert: Vec<u8>,
-    pub(super) key: Vec<u8>,
+pub(crate) struct IdentityPem {
+    pub(crate) cert: Vec<u8>,
+    pub(crate) key: Vec<u8>,
+    chain: Vec<CertificateDer<'static>>,
+    private: PrivateKeyDer<'static>,
+}
+
+impl Clone for IdentityPem {
+    fn clone(&self) -> Self {
+        let Self { cert, key, chain, private } = self;
+        Self { cert: cert.clone(), key: key.clone(), chain: chain.clone(), private: private.clone_key() }
+    }
+}
+
+impl IdentityPem {
+    /// The chain and the key as rustls takes them.
+    pub(crate) fn parts(self) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        (self.chain, self.private)
+    }
 }
 
 fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, PemError> {
@@ -47,7 +62,16 @@ fn certificates(
 }
 
 /// The PEM of certificate authorities, each of which can be used.
-pub(super) fn authorities(flag: &'static str, path: &Path) -> Result<Vec<u8>, PemError> {
+pub(crate) fn authorities(flag: &'static str, path: &Path) -> Result<Vec<u8>, PemError> {
+    read_roots(flag, path).map(|(pem, _)| pem)
+}
+
+/// The same as rustls takes them.
+pub(crate) fn roots(flag: &'static str, path: &Path) -> Result<rustls::RootCertStore, PemError> {
+    read_roots(flag, path).map(|(_, roots)| roots)
+}
+
+fn read_roots(flag: &'static str, path: &Path) -> Result<(Vec<u8>, rustls::RootCertStore), PemError> {
     let pem = read(flag, path)?;
     let mut roots = rustls::RootCertStore::empty();
     for certificate in certificates(flag, path, &pem)? {
@@ -57,11 +81,11 @@ pub(super) fn authorities(flag: &'static str, path: &Path) -> Result<Vec<u8>, Pe
             reason: format!("holds a certificate that can't be used: {error}"),
         })?;
     }
-    Ok(pem)
+    Ok((pem, roots))
 }
 
 /// A certificate and its key.
-pub(super) fn identity(
+pub(crate) fn identity(
     cert_flag: &'static str,
     cert_path: &Path,
     key_flag: &'static str,
@@ -81,7 +105,7 @@ pub(super) fn identity(
         .and_then(|builder| {
             builder
                 .with_root_certificates(rustls::RootCertStore::empty())
-                .with_client_auth_cert(chain, private)
+                .with_client_auth_cert(chain.clone(), private.clone_key())
         })
         .map_err(|error| PemError::Mismatch {
             cert_flag,
@@ -90,5 +114,5 @@ pub(super) fn identity(
             key: key_path.into(),
             reason: error.to_string(),
         })?;
-    Ok(IdentityPem { cert, key })
+    Ok(IdentityPem { cert, key, chain, private })
 }

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use flannel_agent::domain::config::SubnetRange;
-use flannel_agent::domain::lease::{LeaseAttrs, LeaseEvent};
+use flannel_agent::domain::config::{NetworkConfig, SubnetRange};
+use flannel_agent::domain::lease::{LeaseAttrs, LeaseEvent, Reservation};
 use flannel_agent::stores::{LEASE_TTL, LeaseRequest, StoreError};
 use serde_json::Value;
 
-use crate::ground::{Ground, first, network, next, request, subnets};
+use crate::ground::{Ground, first, network, next, next_unreadable, request, subnets};
 
 const ALL: &str = "10.5.255.0";
 
@@ -23,14 +23,16 @@ fn a_day_ahead(end: Option<Instant>) -> bool {
 pub(crate) async fn a_missing_configuration_is_named(ground: Ground) -> Result<()> {
     let error = ground.node().network_config().await.unwrap_err();
     ensure!(matches!(error, StoreError::NoConfig { .. }), "{error}");
-    if let Ground::Etcd { prefix, .. } = &ground {
+    if let (Some((_, _, prefix)), true) = (ground.etcd_parts(), ground.tells_revisions()) {
         ensure!(
             error.to_string().contains(&format!("no network configuration at {prefix}/config")),
             "{error}"
         );
     }
-    ground.configure(r#"{"Network":"10.5.0.0/16"}"#).await?;
-    assert_eq!(ground.node().network_config().await?, r#"{"Network":"10.5.0.0/16"}"#);
+    let text = r#"{"Network":"10.5.0.0/16"}"#;
+    ground.configure(text).await?;
+    // A server says it with the defaults filled in.
+    assert_eq!(NetworkConfig::parse(&ground.node().network_config().await?)?, NetworkConfig::parse(text)?);
     Ok(())
 }
 
@@ -38,7 +40,7 @@ pub(crate) async fn a_first_lease_is_written_as_flanneld_writes_it(ground: Groun
     let lease = ground.node().acquire(&request(&network("10.5.1.0"), "1.2.3.4")).await?;
     assert_eq!(lease.subnets.to_string(), "10.5.1.0-24");
     assert!(a_day_ahead(lease.expires), "{:?}", lease.expires);
-    assert_ne!(lease.revision, 0);
+    assert_eq!(lease.revision != 0, ground.tells_revisions());
     let value = r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#.to_owned();
     assert_eq!(ground.entries().await?, [("10.5.1.0-24".to_owned(), value)]);
     let seen = ground.snapshot().await?;
@@ -113,7 +115,7 @@ pub(crate) async fn a_node_that_comes_back_gets_its_lease_again(ground: Ground) 
     for _ in 0..3 {
         let again = ground.node().acquire(&request).await?;
         assert_eq!(again.subnets, lease.subnets);
-        assert!(again.revision > lease.revision);
+        assert_eq!(again.revision > lease.revision, ground.tells_revisions());
         assert!(a_day_ahead(again.expires));
     }
     assert_eq!(ground.entries().await?.len(), 1);
@@ -242,7 +244,7 @@ pub(crate) async fn two_nodes_with_one_public_address_share_a_lease(ground: Grou
     assert_eq!(first.subnets, second.subnets);
     let first = one.renew(&first).await?;
     let second = other.renew(&second).await?;
-    assert!(second.revision > first.revision);
+    assert_eq!(second.revision > first.revision, ground.tells_revisions());
     assert_eq!(ground.entries().await?.len(), 1);
     Ok(())
 }
@@ -345,7 +347,7 @@ pub(crate) async fn a_damaged_lease_is_put_right(ground: Ground) -> Result<()> {
     let mut events = node.watch();
     first(&mut events).await?;
     ground.put("10.5.1.0-24", "nonsense", Some(LEASE_TTL)).await?;
-    assert!(matches!(next(&mut events).await?, LeaseEvent::Unreadable(_)));
+    next_unreadable(&mut events).await?;
     let lease = node.renew(&lease).await?;
     assert!(a_day_ahead(lease.expires));
     assert_eq!(ground.value("10.5.1.0-24").await?, r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#);
@@ -399,7 +401,7 @@ pub(crate) async fn an_entry_that_cannot_be_read_hides_nothing(ground: Ground) -
         let mut events = ground.node().watch();
         assert_eq!(first(&mut events).await?.0.len(), 1);
         ground.put(key, value, None).await?;
-        let LeaseEvent::Unreadable(entry) = next(&mut events).await? else { panic!("{key} can't be read") };
+        let entry = next_unreadable(&mut events).await?;
         ensure!(entry.key.ends_with(key) && !entry.reason.is_empty(), "{entry}");
         let (leases, unreadable) = first(&mut ground.node().watch()).await?;
         assert_eq!(leases.len(), 1, "{key}");
@@ -419,11 +421,91 @@ pub(crate) async fn an_entry_that_cannot_be_read_hides_nothing(ground: Ground) -
 }
 
 pub(crate) async fn an_address_of_the_wrong_family_is_refused(ground: Ground) -> Result<()> {
-    let mut config = network(ALL);
-    config.v4 = None;
+    let config = NetworkConfig::parse(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}"#)?;
     let error = ground.node().acquire(&request(&config, "192.0.2.1")).await.unwrap_err();
     ensure!(matches!(error, StoreError::Refused { .. }), "{error}");
     let error = ground.node().acquire(&request(&network(ALL), "0.0.0.0")).await.unwrap_err();
     ensure!(matches!(error, StoreError::Refused { .. }), "{error}");
+    Ok(())
+}
+
+fn reservation(key: &str, ip: &str) -> Reservation {
+    Reservation { subnets: subnets(key), public_ip: ip.parse().unwrap() }
+}
+
+const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
+
+pub(crate) async fn a_reserved_subnet_waits_for_its_node(ground: Ground) -> Result<()> {
+    ground.configure(CONFIG).await?;
+    let operator = ground.node();
+    let wanted = reservation("10.5.1.0-24", "192.0.2.1");
+    operator.reserve(&wanted).await?;
+    operator.reserve(&wanted).await?;
+    assert_eq!(operator.reservations().await?, [wanted]);
+    // Nobody else gets it, and its node does, without an end.
+    let other = ground.node().acquire(&request(&network("10.5.2.0"), "192.0.2.2")).await?;
+    assert_eq!(other.subnets, subnets("10.5.2.0-24"));
+    let node = ground.node();
+    let lease = node.acquire(&request(&network("10.5.2.0"), "192.0.2.1")).await?;
+    assert_eq!((lease.subnets, lease.expires), (wanted.subnets, None));
+    assert_eq!(node.renew(&lease).await?.expires, None);
+    assert_eq!(operator.reservations().await?, [wanted]);
+    Ok(())
+}
+
+pub(crate) async fn a_lease_becomes_a_reservation_and_a_lease_again(ground: Ground) -> Result<()> {
+    ground.configure(CONFIG).await?;
+    let node = ground.node();
+    let mut request = request(&network(ALL), "192.0.2.1");
+    request.attrs.backend_type = "host-gw".into();
+    let lease = node.acquire(&request).await?;
+    let wanted = Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip };
+    node.reserve(&wanted).await?;
+    assert_eq!(node.renew(&lease).await?.expires, None);
+    let value = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"host-gw"}"#;
+    assert_eq!(ground.value(lease.subnets).await?, value);
+    node.unreserve(lease.subnets).await?;
+    assert_eq!(node.reservations().await?, []);
+    assert!(a_day_ahead(node.renew(&lease).await?.expires));
+    assert_eq!(ground.value(lease.subnets).await?, value);
+    let error = node.unreserve(lease.subnets).await.unwrap_err();
+    ensure!(matches!(error, StoreError::Conflict(_)), "{error}");
+    ensure!(error.to_string().contains("is not reserved"), "{error}");
+    Ok(())
+}
+
+pub(crate) async fn a_reservation_that_cannot_be_is_refused_with_the_reason(ground: Ground) -> Result<()> {
+    ground.configure(CONFIG).await?;
+    ground.put("10.5.7.0-24", r#"{"PublicIP":"192.0.2.7"}"#, Some(LEASE_TTL)).await?;
+    ground.put("10.5.128.0-20", r#"{"PublicIP":"192.0.2.8"}"#, Some(LEASE_TTL)).await?;
+    for (key, ip, reason) in [
+        ("10.5.7.0-24", "192.0.2.1", "is leased by 192.0.2.7 already"),
+        ("10.5.130.0-24", "192.0.2.1", "overlaps lease 10.5.128.0-20"),
+        ("10.6.1.0-24", "192.0.2.1", "is outside of flannel network"),
+        ("10.5.1.0-25", "192.0.2.1", "has mask incompatible with network config"),
+        ("10.5.1.0-24", "0.0.0.0", "names no node"),
+    ] {
+        let error = ground.node().reserve(&reservation(key, ip)).await.unwrap_err();
+        ensure!(matches!(error, StoreError::Conflict(_)), "{key}: {error:?}");
+        ensure!(error.to_string().contains(reason), "{key}: {error}");
+    }
+    assert_eq!(ground.node().reservations().await?, []);
+    assert_eq!(ground.entries().await?.len(), 2);
+    Ok(())
+}
+
+pub(crate) async fn a_revoked_lease_is_told_and_free(ground: Ground) -> Result<()> {
+    let node = ground.node();
+    let lease = node.acquire(&request(&network("10.5.1.0"), "192.0.2.1")).await?;
+    let mut events = ground.node().watch();
+    first(&mut events).await?;
+    ground.node().revoke(lease.subnets).await?;
+    assert_eq!(next(&mut events).await?, LeaseEvent::Removed(lease.subnets));
+    let error = node.renew(&lease).await.unwrap_err();
+    ensure!(matches!(error, StoreError::LeaseLost { .. }), "{error}");
+    let other = ground.node().acquire(&request(&network("10.5.1.0"), "192.0.2.2")).await?;
+    assert_eq!(other.subnets, lease.subnets);
+    let error = ground.node().revoke(subnets("10.5.9.0-24")).await.unwrap_err();
+    ensure!(error.to_string().contains("10.5.9.0-24 is not leased"), "{error}");
     Ok(())
 }

@@ -155,10 +155,10 @@ pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snaps
     let ground = Ground::etcd(&etcd, "compacted").await?;
     ground.put("10.5.1.0-24", PEER, None).await?;
     ground.put("10.5.2.0-24", &PEER.replace("2.9", "2.8"), None).await?;
-    let Ground::Etcd { options, client, .. } = &ground else { unreachable!() };
+    let (options, client, _) = ground.etcd_parts().context("it is etcd")?;
     let relay = Relay::start(etcd.address()).await?;
     let node =
-        etcd::open(&EtcdOptions { endpoints: vec![relay.endpoint()], ..(**options).clone() })?.network(None);
+        etcd::open(&EtcdOptions { endpoints: vec![relay.endpoint()], ..options.clone() })?.network(None);
     // Opens the connection, so that the next large answer is the list.
     ensure!(matches!(node.network_config().await, Err(StoreError::NoConfig { .. })));
     relay.hold_requests_after_the_next_answer();
@@ -196,7 +196,7 @@ pub(crate) async fn a_restart_after_a_compaction_means_a_fresh_snapshot() -> Res
     let mut etcd = start().await?;
     let node = store(&[etcd.endpoint()])?;
     let ground = Ground::etcd(&etcd, "unused").await?;
-    let Ground::Etcd { client, .. } = &ground else { unreachable!() };
+    let (_, client, _) = ground.etcd_parts().context("it is etcd")?;
     let mut client = client.clone();
     let relay = Relay::start(etcd.address()).await?;
     let behind = store(&[relay.endpoint()])?;

@@ -4,29 +4,49 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use async_trait::async_trait;
 use etcd_client::{Client, DeleteOptions, GetOptions, PutOptions};
 use flannel_agent::domain::config::{BackendConfig, NetworkConfig, SubnetRange};
-use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Subnets, Unreadable};
+use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets, Unreadable};
+use flannel_agent::server::{self, ListenAddress, Listener};
+use flannel_agent::stores::embedded::Embedded;
 use flannel_agent::stores::etcd::{self, EtcdOptions};
 use flannel_agent::stores::memory::MemoryStore;
-use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores};
+use flannel_agent::stores::remote::{RemoteNetworks, RemoteOptions};
+use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores, StoreError};
 use flannel_tests::etcd::Etcd;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
+use tempfile::TempDir;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// Longer than anything a healthy store needs, also on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) type Events = BoxStream<'static, LeaseEvent>;
 
-pub(crate) enum Ground {
+/// A network as it lies in its store, and how nodes come to it.
+pub(crate) struct Ground {
+    backing: Backing,
+    /// Nodes ask a server of ours, which is the one that opens the store.
+    served: Option<Served>,
+}
+
+enum Backing {
     Memory(MemoryStore),
     Etcd { options: Box<EtcdOptions>, client: Box<Client>, prefix: String },
+    Embedded { store: Embedded, _folder: TempDir },
+}
+
+/// A server in this process.
+struct Served {
+    networks: RemoteNetworks,
+    _stop: DropGuard,
 }
 
 impl Ground {
-    pub(crate) fn memory() -> Self {
-        Self::Memory(MemoryStore::default())
+    pub(crate) async fn memory() -> Result<Self> {
+        Ok(Self { backing: Backing::Memory(MemoryStore::default()), served: None })
     }
 
     pub(crate) async fn etcd(etcd: &Etcd, name: &str) -> Result<Self> {
@@ -36,33 +56,81 @@ impl Ground {
             prefix: prefix.clone(),
             ..EtcdOptions::default()
         };
-        let options = Box::new(options);
-        Ok(Self::Etcd { options, client: Box::new(Client::connect([etcd.endpoint()], None).await?), prefix })
+        let client = Box::new(Client::connect([etcd.endpoint()], None).await?);
+        Ok(Self { backing: Backing::Etcd { options: Box::new(options), client, prefix }, served: None })
+    }
+
+    pub(crate) async fn embedded() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let store = Embedded::open(&folder.path().join("leases.redb"))?;
+        Ok(Self { backing: Backing::Embedded { store, _folder: folder }, served: None })
+    }
+
+    /// The same ground behind a server.
+    pub(crate) async fn served(self) -> Result<Self> {
+        let listener = Listener::bind(&ListenAddress::Tcp("127.0.0.1:0".into()), None).await?;
+        let servers = vec![listener.address()?.to_string()];
+        let networks: Arc<dyn NetworkStores> = match &self.backing {
+            Backing::Memory(_) => bail!("the store in memory has one network"),
+            Backing::Etcd { options, .. } => Arc::new(etcd::open(options)?),
+            Backing::Embedded { store, .. } => Arc::new(store.networks()),
+        };
+        let stop = CancellationToken::new();
+        tokio::spawn(server::serve(listener, networks, stop.clone()));
+        let networks = RemoteNetworks::open(&RemoteOptions { servers, ..RemoteOptions::default() })?;
+        Ok(Self { served: Some(Served { networks, _stop: stop.drop_guard() }), ..self })
+    }
+
+    /// Which revision a lease has is not said by a server.
+    pub(crate) fn tells_revisions(&self) -> bool {
+        self.served.is_none()
+    }
+
+    /// Options and prefix, where it is etcd.
+    pub(crate) fn etcd_parts(&self) -> Option<(&EtcdOptions, &Client, &str)> {
+        match &self.backing {
+            Backing::Etcd { options, client, prefix } => Some((options, client, prefix)),
+            _ => None,
+        }
     }
 
     /// The store as one more node opens it.
     pub(crate) fn node(&self) -> Arc<dyn LeaseStore> {
-        match self {
-            Self::Memory(store) => Arc::new(store.clone()),
-            Self::Etcd { options, .. } => etcd::open(options).expect("the options are good").network(None),
+        match &self.served {
+            Some(served) => {
+                Arc::new(Configuring { store: served.networks.network(None), operator: self.operator() })
+            }
+            None => self.direct(),
+        }
+    }
+
+    fn direct(&self) -> Arc<dyn LeaseStore> {
+        match &self.backing {
+            Backing::Memory(store) => Arc::new(store.clone()),
+            Backing::Etcd { options, .. } => etcd::open(options).expect("the options are good").network(None),
+            Backing::Embedded { store, .. } => store.networks().network(None),
+        }
+    }
+
+    fn operator(&self) -> Operator {
+        match &self.backing {
+            Backing::Memory(store) => Operator::Memory(store.clone()),
+            Backing::Etcd { client, prefix, .. } => {
+                Operator::Etcd { client: client.clone(), prefix: prefix.clone() }
+            }
+            Backing::Embedded { store, .. } => Operator::Embedded(store.clone()),
         }
     }
 
     pub(crate) async fn configure(&self, text: &str) -> Result<()> {
-        match self {
-            Self::Memory(store) => store.set_config(text),
-            Self::Etcd { client, prefix, .. } => {
-                client.kv_client().put(format!("{prefix}/config"), text, None).await?;
-            }
-        }
-        Ok(())
+        self.operator().configure(text).await
     }
 
-    /// Writes an entry as another daemon or an operator would. Without `ttl` it never ends.
+    /// Writes an entry as another daemon would. Without `ttl` it never ends.
     pub(crate) async fn put(&self, key: &str, value: &str, ttl: Option<Duration>) -> Result<()> {
-        match self {
-            Self::Memory(store) => store.put(key, value, ttl),
-            Self::Etcd { client, prefix, .. } => {
+        match &self.backing {
+            Backing::Memory(store) => store.put(key, value, ttl),
+            Backing::Etcd { client, prefix, .. } => {
                 let lease = match ttl {
                     Some(ttl) => client.lease_client().grant(i64::try_from(ttl.as_secs())?, None).await?.id(),
                     None => 0,
@@ -70,25 +138,55 @@ impl Ground {
                 let options = PutOptions::new().with_lease(lease);
                 client.kv_client().put(format!("{prefix}/subnets/{key}"), value, Some(options)).await?;
             }
+            Backing::Embedded { store, .. } => {
+                store.put(&format!("subnets/{key}"), value.as_bytes(), ttl).await?;
+            }
         }
-        Ok(())
+        self.settle().await
     }
 
     pub(crate) async fn delete(&self, key: &str) -> Result<()> {
-        match self {
-            Self::Memory(store) => store.delete(key),
-            Self::Etcd { client, prefix, .. } => {
+        match &self.backing {
+            Backing::Memory(store) => store.delete(key),
+            Backing::Etcd { client, prefix, .. } => {
                 client.kv_client().delete(format!("{prefix}/subnets/{key}"), None::<DeleteOptions>).await?;
             }
+            Backing::Embedded { store, .. } => store.delete(&format!("subnets/{key}")).await?,
         }
-        Ok(())
+        self.settle().await
+    }
+
+    /// What others wrote into its store reaches a server by a watch: waits for it.
+    async fn settle(&self) -> Result<()> {
+        let Some(served) = &self.served else { return Ok(()) };
+        let started = Instant::now();
+        loop {
+            let there = known(&mut self.direct().watch()).await?;
+            // Without a configuration there is no network to be served.
+            self.configure_if_missing().await?;
+            let served = known(&mut served.networks.network(None).watch()).await?;
+            if served == there {
+                return Ok(());
+            }
+            if started.elapsed() > PATIENCE {
+                bail!("the store has {there:?}, the server {served:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn configure_if_missing(&self) -> Result<()> {
+        match self.direct().network_config().await {
+            Err(StoreError::NoConfig { .. }) => self.configure(r#"{"Network":"10.5.0.0/16"}"#).await,
+            other => other.map(drop).map_err(Into::into),
+        }
     }
 
     /// Keys and values below the leases' folder, ordered.
     pub(crate) async fn entries(&self) -> Result<Vec<(String, String)>> {
-        match self {
-            Self::Memory(store) => Ok(store.entries()),
-            Self::Etcd { client, prefix, .. } => {
+        match &self.backing {
+            Backing::Memory(store) => Ok(store.entries()),
+            Backing::Etcd { client, prefix, .. } => {
                 let folder = format!("{prefix}/subnets/");
                 let list =
                     client.kv_client().get(folder.as_str(), Some(GetOptions::new().with_prefix())).await?;
@@ -96,6 +194,12 @@ impl Ground {
                     .iter()
                     .map(|kv| Ok((kv.key_str()?.replace(&folder, ""), kv.value_str()?.to_owned())))
                     .collect()
+            }
+            Backing::Embedded { store, .. } => {
+                let leases = store.entries().into_iter().filter_map(|(key, value, _)| {
+                    Some((key.strip_prefix("subnets/")?.to_owned(), String::from_utf8(value)))
+                });
+                leases.map(|(key, value)| Ok((key, value?))).collect()
             }
         }
     }
@@ -110,6 +214,96 @@ impl Ground {
     /// What a new watcher sees first.
     pub(crate) async fn snapshot(&self) -> Result<Vec<Lease>> {
         Ok(first(&mut self.node().watch()).await?.0)
+    }
+}
+
+/// Somebody who writes configurations.
+enum Operator {
+    Memory(MemoryStore),
+    Etcd { client: Box<Client>, prefix: String },
+    Embedded(Embedded),
+}
+
+impl Operator {
+    async fn configure(&self, text: &str) -> Result<()> {
+        match self {
+            Self::Memory(store) => store.set_config(text),
+            Self::Etcd { client, prefix } => {
+                client.kv_client().put(format!("{prefix}/config"), text, None).await?;
+            }
+            Self::Embedded(store) => store.configure(None, Some(text)).await?,
+        }
+        Ok(())
+    }
+}
+
+/// A server gives leases out of its own configuration, not of the asking node's: here both are the same.
+struct Configuring {
+    store: Arc<dyn LeaseStore>,
+    operator: Operator,
+}
+
+#[async_trait]
+impl LeaseStore for Configuring {
+    async fn network_config(&self) -> Result<String, StoreError> {
+        self.store.network_config().await
+    }
+
+    async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        self.operator.configure(&request.config.to_string()).await.expect("the store is there");
+        self.store.acquire(request).await
+    }
+
+    async fn rewrite(&self, lease: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
+        self.store.rewrite(lease, attrs).await
+    }
+
+    async fn reservations(&self) -> Result<Vec<Reservation>, StoreError> {
+        self.store.reservations().await
+    }
+
+    async fn reserve(&self, reservation: &Reservation) -> Result<(), StoreError> {
+        self.store.reserve(reservation).await
+    }
+
+    async fn unreserve(&self, subnets: Subnets) -> Result<(), StoreError> {
+        self.store.unreserve(subnets).await
+    }
+
+    async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError> {
+        self.store.revoke(subnets).await
+    }
+
+    fn reconnect(&self) {
+        self.store.reconnect();
+    }
+
+    fn watch(&self) -> Events {
+        self.store.watch()
+    }
+}
+
+/// Keys, attributes and what can't be read, comparable.
+async fn known(events: &mut Events) -> Result<Vec<String>> {
+    loop {
+        if let LeaseEvent::Snapshot(leases, unreadable) = next(events).await? {
+            let leases = leases.iter().map(|lease| format!("{} {}", lease.subnets, lease.attrs.to_json()));
+            let unreadable = unreadable.iter().map(|entry| format!("{} {}", entry.key, entry.reason));
+            let mut all: Vec<_> = leases.chain(unreadable).collect();
+            all.sort();
+            return Ok(all);
+        }
+    }
+}
+
+/// The next event, which tells an entry that can't be read: by itself, or, as a server does, with everything.
+pub(crate) async fn next_unreadable(events: &mut Events) -> Result<Unreadable> {
+    match next(events).await? {
+        LeaseEvent::Unreadable(entry) => Ok(entry),
+        LeaseEvent::Snapshot(_, unreadable) => {
+            unreadable.into_iter().next().context("a snapshot in which everything can be read")
+        }
+        other => bail!("an entry that can't be read was due, not {other:?}"),
     }
 }
 

@@ -55,10 +55,25 @@ fn run(case: impl Future<Output = anyhow::Result<()>>) -> Result<(), Failed> {
 macro_rules! contract {
     ($trials:ident, $etcd:ident: $($case:ident)*) => {$(
         let name = stringify!($case);
-        $trials.push(Trial::test(format!("memory::{name}"), || run(contract::$case(Ground::memory()))));
+        $trials.push(Trial::test(format!("memory::{name}"), || {
+            run(async { contract::$case(Ground::memory().await?).await })
+        }));
+        $trials.push(Trial::test(format!("embedded::{name}"), || {
+            run(async { contract::$case(Ground::embedded().await?).await })
+        }));
+        $trials.push(Trial::test(format!("remote_embedded::{name}"), || {
+            run(async { contract::$case(Ground::embedded().await?.served().await?).await })
+        }));
         let etcd = $etcd.clone();
         $trials.push(Trial::test(format!("etcd_v3::{name}"), move || {
             run(async move { contract::$case(Ground::etcd(&etcd, name).await?).await })
+        }));
+        let etcd = $etcd.clone();
+        $trials.push(Trial::test(format!("remote_etcd::{name}"), move || {
+            run(async move {
+                let ground = Ground::etcd(&etcd, concat!("served_", stringify!($case))).await?;
+                contract::$case(ground.served().await?).await
+            })
         }));
     )*};
 }
@@ -132,6 +147,10 @@ fn main() -> ExitCode {
         a_lease_that_ends_is_told
         an_entry_that_cannot_be_read_hides_nothing
         an_address_of_the_wrong_family_is_refused
+        a_reserved_subnet_waits_for_its_node
+        a_lease_becomes_a_reservation_and_a_lease_again
+        a_reservation_that_cannot_be_is_refused_with_the_reason
+        a_revoked_lease_is_told_and_free
     );
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(etcd);

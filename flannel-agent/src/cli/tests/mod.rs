@@ -1,3 +1,4 @@
+mod stores;
 mod values;
 
 use proptest::prelude::*;
@@ -25,6 +26,13 @@ fn settings(text: &str) -> Settings {
     }
 }
 
+fn etcd(text: &str) -> EtcdSettings {
+    match settings(text).store {
+        StoreSettings::Etcd(etcd) => etcd,
+        other => panic!("{text}: {other:?}"),
+    }
+}
+
 /// The first line of what is printed, with where and the exit code.
 fn printed(text: &str) -> (String, Stream, u8) {
     match line(text) {
@@ -47,14 +55,15 @@ fn without_flags_everything_has_flanneld_defaults() {
     assert_eq!(
         settings("flanneld"),
         Settings {
-            etcd: EtcdSettings {
+            store: StoreSettings::Etcd(EtcdSettings {
                 endpoints: vec!["http://127.0.0.1:4001".to_owned(), "http://127.0.0.1:2379".to_owned()],
                 prefix: "/coreos.com/network".to_owned(),
                 ca_file: None,
                 identity: None,
                 login: None,
-            },
-            kube: None,
+            }),
+            serve: None,
+            networks: None,
             selectors: vec![],
             public: PublicAddresses::default(),
             subnet_file: "/run/flannel/subnet.env".into(),
@@ -85,14 +94,15 @@ fn every_flag_reaches_its_setting() {
     assert_eq!(
         all,
         Settings {
-            etcd: EtcdSettings {
+            store: StoreSettings::Etcd(EtcdSettings {
                 endpoints: vec!["https://a:1".to_owned(), "b:2".to_owned()],
                 prefix: "/x/".to_owned(),
                 ca_file: Some("ca".into()),
                 identity: Some(ClientCertificate { cert_file: "c".into(), key_file: "k".into() }),
                 login: Some(Login { username: "u".to_owned(), password: "p".to_owned().into() }),
-            },
-            kube: None,
+            }),
+            serve: None,
+            networks: None,
             selectors: vec![
                 Selector::Name("eth0".to_owned()),
                 Selector::Address("10.0.0.1".parse().unwrap()),
@@ -150,7 +160,7 @@ fn variables_stand_behind_flags_and_before_defaults() {
     assert_eq!(names("FLANNELD_IFACE=a flanneld -iface b"), ["--iface=b"]);
     assert_eq!(settings("FLANNELD_V=3 flanneld").verbosity, Verbosity(3));
     assert_eq!(
-        settings("FLANNELD_ETCD_PASSWORD=x FLANNELD_ETCD_USERNAME=y flanneld").etcd.login.unwrap().username,
+        etcd("FLANNELD_ETCD_PASSWORD=x FLANNELD_ETCD_USERNAME=y flanneld").login.unwrap().username,
         "y"
     );
     assert_eq!(settings("FLANNELD_HEALTHZ_PORT=0x10 flanneld").healthz, "0.0.0.0:16".parse().ok());
@@ -462,48 +472,4 @@ proptest! {
         let args = std::iter::once(program).chain(words).map(OsString::from);
         let _ = parse(args, [("FLANNELD_IFACE_REGEX".into(), value.clone().into()), ("FLANNELD_V".into(), value.into())]);
     }
-}
-
-#[test]
-fn kubernetes_takes_its_flags_and_the_pods_variables() {
-    let kube = |text: &str| settings(text).kube.expect(text);
-    let plain = kube("NODE_NAME=h1 flanneld -kube-subnet-mgr");
-    assert_eq!(
-        plain,
-        KubeSettings {
-            api_url: None,
-            kubeconfig: None,
-            annotation_prefix: "flannel.alpha.coreos.com".into(),
-            net_config: "/etc/kube-flannel/net-conf.json".into(),
-            set_network_unavailable: true,
-            node: Some("h1".into()),
-            pod: None,
-        }
-    );
-    let other = kube(
-        "POD_NAME=p POD_NAMESPACE=kube-flannel NODE_NAME= FLANNELD_KUBECONFIG_FILE=/etc/k flanneld \
-         --kube-subnet-mgr=true --kube-api-url https://10.0.0.1:6443 -kube-annotation-prefix=example.com/blue \
-         -net-config-path=/n.json -set-node-network-unavailable=false",
-    );
-    assert_eq!(
-        other,
-        KubeSettings {
-            api_url: Some("https://10.0.0.1:6443".into()),
-            kubeconfig: Some("/etc/k".into()),
-            annotation_prefix: "example.com/blue".into(),
-            net_config: "/n.json".into(),
-            set_network_unavailable: false,
-            node: None,
-            pod: Some(("p".into(), "kube-flannel".into())),
-        }
-    );
-    let idle = settings("FLANNELD_KUBE_API_URL=https://a flanneld -set-node-network-unavailable=0");
-    assert_eq!(idle.kube, None);
-    assert_eq!(
-        idle.warnings,
-        [
-            "FLANNELD_KUBE_API_URL has no effect without -kube-subnet-mgr",
-            "-set-node-network-unavailable has no effect without -kube-subnet-mgr"
-        ]
-    );
 }

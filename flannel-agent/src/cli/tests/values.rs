@@ -28,14 +28,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("-iptables-forward-rules", "forward rules"),
         ("-iptables-resync=10", "firewall rules"),
         ("-ip-blackhole-route", "the blackhole route"),
-        ("-listen=:8080", "serving leases to other nodes"),
-        ("-remote=x:1", "leasing from a flannel server"),
-        ("-remote-cafile=x", "leasing from a flannel server"),
-        ("-remote-certfile=x", "leasing from a flannel server"),
-        ("-remote-keyfile=x", "leasing from a flannel server"),
-        ("-networks=a,b", "several networks"),
-        ("-watch-networks", "several networks"),
-        ("-subnet-dir=/x", "several networks"),
         ("-vmodule=a=1", "verbosity by source file"),
         ("-log_backtrace_at=a:1", "stack traces in the log"),
     ] {
@@ -43,9 +35,11 @@ fn what_is_not_built_is_refused_by_name() {
         let wanted = format!("{flag}: this version does not have {feature} yet; leave it out");
         assert_eq!(printed(&format!("flanneld {flags}")), (wanted, Stream::Stderr, 2));
     }
-    let Parsed::PrintAndExit { text, .. } = line("FLANNELD_LISTEN=:1 flanneld -ip-masq") else { panic!() };
+    let Parsed::PrintAndExit { text, .. } = line("FLANNELD_IP_BLACKHOLE_ROUTE=1 flanneld -ip-masq") else {
+        panic!()
+    };
     assert!(
-        text.starts_with("-ip-masq: this") && text.contains("\nFLANNELD_LISTEN: this"),
+        text.starts_with("-ip-masq: this") && text.contains("\nFLANNELD_IP_BLACKHOLE_ROUTE: this"),
         "all at once: {text}"
     );
 }
@@ -162,7 +156,7 @@ fn endpoints_are_checked_one_by_one() {
         "http://[fd00::1]:2379,http://[fd00::2]",
         "http://a:1/x",
     ] {
-        let found = settings(&format!("flanneld -etcd-endpoints={endpoints}")).etcd.endpoints;
+        let found = etcd(&format!("flanneld -etcd-endpoints={endpoints}")).endpoints;
         assert_eq!(found.join(","), endpoints);
     }
     for (endpoints, wanted) in [
@@ -209,11 +203,11 @@ fn credentials_go_together() {
             1
         )
     );
-    let ca_only = settings("flanneld -etcd-cafile=ca").etcd;
+    let ca_only = etcd("flanneld -etcd-cafile=ca");
     assert_eq!((ca_only.ca_file, ca_only.identity), (Some("ca".into()), None));
-    assert_eq!(settings("flanneld -etcd-username=u").etcd.login.unwrap().password, Secret::default());
+    assert_eq!(etcd("flanneld -etcd-username=u").login.unwrap().password, Secret::default());
     let lonely = settings("flanneld -etcd-password=p");
-    assert_eq!(lonely.etcd.login, None);
+    assert_eq!(etcd("flanneld -etcd-password=p").login, None);
     assert_eq!(lonely.warnings, ["-etcd-password has no effect without -etcd-username"]);
 }
 

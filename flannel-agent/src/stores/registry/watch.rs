@@ -29,6 +29,8 @@ use crate::stores::{LEASE_TTL, decode};
 const PROVEN: Duration = Duration::from_secs(10);
 /// When a compare could not be made although the watch lives.
 const COMPARE_AGAIN: Duration = Duration::from_secs(15);
+/// When a list is wanted, but nobody who writes to the store shall make us list without pause.
+const COMPARE_SOON: Duration = Duration::from_millis(500);
 
 pub(super) struct Watcher {
     registry: Arc<dyn Registry>,
@@ -177,12 +179,23 @@ impl Watcher {
                 Notice::Deleted { key, revision } if revision > self.revision => {
                     match key.strip_prefix(&self.folder).map(str::parse) {
                         Some(Ok(subnets)) => LeaseEvent::Removed(subnets),
-                        _ => continue,
+                        // Told as unreadable before: a list says that it is no more.
+                        _ => {
+                            self.compare_soon();
+                            continue;
+                        }
                     }
                 }
                 Notice::Put(_) | Notice::Deleted { .. } => continue,
             };
             self.ready.push_back(event);
+        }
+    }
+
+    fn compare_soon(&mut self) {
+        let soon = Instant::now() + COMPARE_SOON;
+        if let Some(open) = &mut self.open {
+            open.compare_at = open.compare_at.min(soon);
         }
     }
 
@@ -406,13 +419,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_removal_of_a_key_that_is_no_subnet_says_nothing() {
+    async fn the_removal_of_a_key_that_is_no_subnet_brings_a_list() {
         let notices = [Said::Put(2, "foo"), Said::Deleted(3, "foo"), Said::Deleted(4, "10.5.1.0-24")];
-        let mut watch = watch(&[Ok((1, &["foo"]))], &[&notices]);
+        let mut watch = watch(&[Ok((1, &["foo"])), Ok((4, &[]))], &[&notices]);
+        let started = Instant::now();
         assert_eq!(
-            watch.all(3).await,
-            ["snapshot [] 1 unreadable", "unreadable /n/subnets/foo", "removed 10.5.1.0-24"]
+            watch.all(4).await,
+            [
+                "snapshot [] 1 unreadable",
+                "unreadable /n/subnets/foo",
+                "removed 10.5.1.0-24",
+                "snapshot [] 0 unreadable"
+            ]
         );
+        assert!(started.elapsed() < Duration::from_secs(1));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,0 +1,153 @@
+//! Where leases come from, and where they are served.
+
+use super::*;
+
+#[test]
+fn kubernetes_takes_its_flags_and_the_pods_variables() {
+    let kube = |text: &str| match settings(text).store {
+        StoreSettings::Kube(kube) => kube,
+        other => panic!("{text}: {other:?}"),
+    };
+    let plain = kube("NODE_NAME=h1 flanneld -kube-subnet-mgr");
+    assert_eq!(
+        plain,
+        KubeSettings {
+            api_url: None,
+            kubeconfig: None,
+            annotation_prefix: "flannel.alpha.coreos.com".into(),
+            net_config: "/etc/kube-flannel/net-conf.json".into(),
+            set_network_unavailable: true,
+            node: Some("h1".into()),
+            pod: None,
+        }
+    );
+    let other = kube(
+        "POD_NAME=p POD_NAMESPACE=kube-flannel NODE_NAME= FLANNELD_KUBECONFIG_FILE=/etc/k flanneld \
+         --kube-subnet-mgr=true --kube-api-url https://10.0.0.1:6443 -kube-annotation-prefix=example.com/blue \
+         -net-config-path=/n.json -set-node-network-unavailable=false",
+    );
+    assert_eq!(
+        other,
+        KubeSettings {
+            api_url: Some("https://10.0.0.1:6443".into()),
+            kubeconfig: Some("/etc/k".into()),
+            annotation_prefix: "example.com/blue".into(),
+            net_config: "/n.json".into(),
+            set_network_unavailable: false,
+            node: None,
+            pod: Some(("p".into(), "kube-flannel".into())),
+        }
+    );
+    let idle = settings("FLANNELD_KUBE_API_URL=https://a flanneld -set-node-network-unavailable=0");
+    assert!(matches!(idle.store, StoreSettings::Etcd(_)));
+    assert_eq!(
+        idle.warnings,
+        [
+            "FLANNELD_KUBE_API_URL has no effect without -kube-subnet-mgr",
+            "-set-node-network-unavailable has no effect without -kube-subnet-mgr"
+        ]
+    );
+}
+
+#[test]
+fn a_client_names_its_servers() {
+    let StoreSettings::Remote(remote) = settings("flanneld -remote 10.0.0.1:8888,10.0.0.2:8888").store else {
+        panic!()
+    };
+    assert_eq!(remote.servers, ["10.0.0.1:8888", "10.0.0.2:8888"]);
+    assert_eq!((remote.ca_file, remote.identity), (None, None));
+    let tls = "FLANNELD_REMOTE=a:1 flanneld -remote-cafile ca -remote-certfile c -remote-keyfile k";
+    let StoreSettings::Remote(remote) = settings(tls).store else { panic!() };
+    assert_eq!(remote.ca_file, Some("ca".into()));
+    let identity = ClientCertificate { cert_file: "c".into(), key_file: "k".into() };
+    assert_eq!(remote.identity, Some(identity));
+}
+
+#[test]
+fn a_server_has_etcd_or_a_file() {
+    let on_etcd = settings("flanneld -listen=:8888");
+    assert!(matches!(on_etcd.store, StoreSettings::Etcd(_)));
+    assert_eq!(on_etcd.serve.unwrap().listen, ":8888");
+    for (flags, path, net_config) in [
+        ("-store=embedded", "/var/lib/flannel/leases.redb", "/etc/flannel/net-conf.json"),
+        ("-store embedded:/srv/l -net-config-path=/srv/nets", "/srv/l", "/srv/nets"),
+    ] {
+        let on_file = settings(&format!("flanneld -listen=:8888 {flags}"));
+        let wanted = EmbeddedSettings { path: path.into(), net_config: net_config.into() };
+        assert_eq!(on_file.store, StoreSettings::Embedded(wanted));
+        assert_eq!(on_file.warnings, Vec::<String>::new());
+    }
+}
+
+#[test]
+fn what_contradicts_itself_is_refused() {
+    refused(&[
+        (
+            "flanneld -listen=:1 -kube-subnet-mgr",
+            "-kube-subnet-mgr and -listen: leases come from Kubernetes or from a server, not both",
+        ),
+        (
+            "flanneld -store=embedded",
+            "invalid value \"embedded\" for -store: needs -listen: the file is one server's, and nodes lease from that \
+             server with -remote",
+        ),
+        (
+            "flanneld -listen=:1 -store=embedded:leases",
+            "invalid value \"embedded:leases\" for -store: must be etcd, embedded, or embedded:/path/of/a/file",
+        ),
+        (
+            "flanneld -listen=:1 -store=redis",
+            "invalid value \"redis\" for -store: must be etcd, embedded, or embedded:/path/of/a/file",
+        ),
+        (
+            "flanneld -listen=:1 -remote-cafile=ca",
+            "-remote-cafile is given without -remote-certfile: clients are asked for certificates over TLS, which needs \
+             one here",
+        ),
+        (
+            "flanneld -listen=:1 -networks=blue",
+            "-listen \":1\" serves every network there is, leave -networks out",
+        ),
+        (
+            "flanneld -kube-subnet-mgr -watch-networks",
+            "-kube-subnet-mgr leases from one network, leave -networks out",
+        ),
+        (
+            "flanneld -networks=blue,../etc",
+            "invalid value \"blue,../etc\" for -networks: network name \"../etc\" begins with a dot; a name is such as \
+             blue",
+        ),
+    ]);
+    // With flanneld's exit code.
+    for (flags, wanted) in [
+        (
+            "-listen=:1 -remote=a:1",
+            "-listen and -remote: a server has its leases from a store, not from another server",
+        ),
+        (
+            "-remote=a:1 -remote-keyfile=k",
+            "-remote-keyfile is given without -remote-certfile: a certificate needs its key",
+        ),
+    ] {
+        assert_eq!(printed(&format!("flanneld {flags}")), (wanted.to_owned(), Stream::Stderr, 1));
+    }
+}
+
+#[test]
+fn several_networks_are_named_or_followed() {
+    let networks = |text: &str| settings(text).networks.expect(text);
+    let named = networks("flanneld -networks=blue,red, -subnet-dir=/n");
+    assert_eq!(named.allowed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["blue", "red"]);
+    assert_eq!((named.watch, named.subnet_dir), (false, "/n".into()));
+    let followed = networks("FLANNELD_WATCH_NETWORKS=true flanneld");
+    assert_eq!((followed.allowed.len(), followed.watch), (0, true));
+    let idle = settings("flanneld -subnet-dir=/n -remote-cafile=c");
+    assert_eq!(idle.networks, None);
+    assert_eq!(
+        idle.warnings,
+        [
+            "-remote-cafile has no effect without -listen or -remote",
+            "-subnet-dir has no effect without -networks or -watch-networks"
+        ]
+    );
+}

@@ -1,0 +1,73 @@
+//! `--listen`: the server's life (contract §5.1). It joins no network and changes nothing on the host.
+
+mod config_files;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::open::{self, OpenError};
+use crate::cli::{ServeSettings, StoreSettings};
+use crate::health::Health;
+use crate::server::{self, ListenAddress, Listener, ListenerError, ServerTlsFiles};
+use crate::stores::NetworkStores;
+use crate::stores::embedded::Embedded;
+
+/// Why nothing is served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error(transparent)]
+    Listener(#[from] ListenerError),
+    #[error(transparent)]
+    Store(#[from] OpenError),
+}
+
+/// What the health endpoint waits for until the socket is open.
+const PART: &str = "server";
+
+/// Serves until `stop`.
+///
+/// # Errors
+/// The address or a file can't be used. flanneld goes on as a process that does nothing (contract §14, T28); this ends.
+pub(super) async fn run(
+    settings: &ServeSettings,
+    store: &StoreSettings,
+    health: &Health,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
+    health.wait(PART, "the server does not listen yet");
+    let address = ListenAddress::parse(&settings.listen)?;
+    let tls = settings.identity.as_ref().map(|identity| ServerTlsFiles {
+        cert_file: identity.cert_file.clone(),
+        key_file: identity.key_file.clone(),
+        ca_file: settings.ca_file.clone(),
+    });
+    let listener = Listener::bind(&address, tls.as_ref()).await?;
+    let networks: Arc<dyn NetworkStores> = match store {
+        StoreSettings::Embedded(embedded) => {
+            let file = Embedded::open(&embedded.path).map_err(OpenError::from)?;
+            config_files::read(&embedded.net_config, &file).await;
+            tokio::spawn(config_files::follow(embedded.net_config.clone(), file.clone(), stop.clone()));
+            Arc::new(file.networks())
+        }
+        others => open::networks(others)?,
+    };
+    let where_ = listener.address().map_or_else(|_| settings.listen.clone(), |address| address.to_string());
+    tracing::info!("serving leases on {where_}{}", if tls.is_some() { ", over TLS" } else { "" });
+    health.done(PART);
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!("can't tell systemd that we are ready: {error}");
+    }
+    let heart = tokio::spawn(beat(health.clone(), stop.clone()));
+    server::serve(listener, networks, stop).await;
+    heart.abort();
+    Ok(())
+}
+
+/// A server that hangs as a whole stops this too.
+async fn beat(health: Health, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        health.turn(std::time::Instant::now());
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    }
+}

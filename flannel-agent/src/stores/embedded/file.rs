@@ -1,0 +1,121 @@
+//! The file of the embedded store: one table of entries, one of facts about all of them.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+
+/// Key → (revision, end in milliseconds since 1970 or 0 for none, value).
+const ENTRIES: TableDefinition<'_, &str, (u64, u64, &[u8])> = TableDefinition::new("entries");
+const FACTS: TableDefinition<'_, &str, u64> = TableDefinition::new("facts");
+const REVISION: &str = "revision";
+const LAYOUT: &str = "layout";
+
+/// What this version writes, and the only one it reads.
+const THIS_LAYOUT: u64 = 1;
+
+/// Why the file can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum EmbeddedError {
+    #[error("can't make the folder of {path}: {source}")]
+    Folder { path: PathBuf, source: std::io::Error },
+    #[error("{0} is in use by another process: one server at a time can have it")]
+    InUse(PathBuf),
+    #[error("can't open {path}: {reason}")]
+    Open { path: PathBuf, reason: String },
+    #[error("{path} was written by another version: its layout is {found}, this version has {THIS_LAYOUT}")]
+    Layout { path: PathBuf, found: u64 },
+    #[error("can't read or write {path}: {reason}")]
+    Broken { path: PathBuf, reason: String },
+    #[error("a write was interrupted: {0}")]
+    Interrupted(String),
+}
+
+/// An entry as it is on disk.
+pub(super) struct Record {
+    pub(super) value: Vec<u8>,
+    pub(super) revision: u64,
+    pub(super) expires: Option<SystemTime>,
+}
+
+pub(super) struct File {
+    path: PathBuf,
+    database: Database,
+}
+
+impl File {
+    /// The file with everything in it, and the revision of its latest change.
+    pub(super) fn open(path: &Path) -> Result<(Self, Vec<(String, Record)>, u64), EmbeddedError> {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .map_err(|source| EmbeddedError::Folder { path: path.into(), source })?;
+        }
+        let database = Database::create(path).map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => EmbeddedError::InUse(path.into()),
+            error => EmbeddedError::Open { path: path.into(), reason: error.to_string() },
+        })?;
+        let file = Self { path: path.into(), database };
+        let (records, revision, layout) = file.read().map_err(|error| file.broken(&error))?;
+        if layout != THIS_LAYOUT {
+            return Err(EmbeddedError::Layout { path: path.into(), found: layout });
+        }
+        Ok((file, records, revision))
+    }
+
+    fn read(&self) -> Result<(Vec<(String, Record)>, u64, u64), redb::Error> {
+        // Makes the tables of a new file.
+        let write = self.database.begin_write()?;
+        {
+            write.open_table(ENTRIES)?;
+            let mut facts = write.open_table(FACTS)?;
+            if facts.get(LAYOUT)?.is_none() {
+                facts.insert(LAYOUT, THIS_LAYOUT)?;
+            }
+        }
+        write.commit()?;
+        let read = self.database.begin_read()?;
+        let mut records = Vec::new();
+        for entry in read.open_table(ENTRIES)?.iter()? {
+            let (key, value) = entry?;
+            let (revision, end, value) = value.value();
+            let expires = (end != 0).then(|| UNIX_EPOCH + Duration::from_millis(end));
+            records.push((key.value().to_owned(), Record { value: value.to_vec(), revision, expires }));
+        }
+        let facts = read.open_table(FACTS)?;
+        let fact = |name| facts.get(name).map(|fact| fact.map_or(0, |fact| fact.value()));
+        Ok((records, fact(REVISION)?, fact(LAYOUT)?))
+    }
+
+    /// Writes or deletes an entry. On disk when it returns.
+    pub(super) fn put(&self, key: &str, record: Option<&Record>, revision: u64) -> Result<(), EmbeddedError> {
+        self.try_put(key, record, revision).map_err(|error| self.broken(&error))
+    }
+
+    fn try_put(&self, key: &str, record: Option<&Record>, revision: u64) -> Result<(), redb::Error> {
+        let write = self.database.begin_write()?;
+        {
+            let mut entries = write.open_table(ENTRIES)?;
+            match record {
+                Some(record) => {
+                    let end = record.expires.map_or(0, milliseconds);
+                    entries.insert(key, (record.revision, end, record.value.as_slice()))?;
+                }
+                None => {
+                    entries.remove(key)?;
+                }
+            }
+            write.open_table(FACTS)?.insert(REVISION, revision)?;
+        }
+        Ok(write.commit()?)
+    }
+
+    fn broken(&self, error: &redb::Error) -> EmbeddedError {
+        EmbeddedError::Broken { path: self.path.clone(), reason: error.to_string() }
+    }
+}
+
+/// Never 0, which stands for no end.
+fn milliseconds(end: SystemTime) -> u64 {
+    let since = end.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX).max(1)
+}
