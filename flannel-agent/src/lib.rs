@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   stores/                 domain/                     backends/                  host/
-//!    etcd · kube      ──►  LeaseEvent ─► Peers  ──►  desired(own, peers)  ──►  changes ──►  kernel, BPF maps
+//!    etcd · kube · …  ──►  LeaseEvent ─► Peers  ──►  desired(own, peers)  ──►  changes ──►  kernel, BPF maps
 //!                                                      = HostState            in batches
 //!                              ▲                                                   │
 //!                              └──── agent/: the loop, the only owner of state ────┘
@@ -21,13 +21,15 @@
 //! | [`host`] | the only code that touches the kernel | domain, flannel-common |
 //! | [`agent`], [`startup`] | the loop, and the steps before it | the traits of the three above |
 //! | [`cli`], [`subnet_env`] | flags; subnet.env | domain |
+//! | [`server`] | leases for other nodes over HTTP: `--listen` | stores, domain |
 //! | [`health`], [`status`] | what others may ask | – |
 //! | [`commands`] | put the parts together; `status` and `top` for people | everything |
 //!
 //! `cargo xtask check` reads the `crate::` paths and fails when a row is broken.
 //!
-//! Five seams: [`backends::Backend`], [`stores::LeaseStore`], [`host::Host`], and, private to their folders, etcd's
-//! `Registry` and (to come) the clouds' route tables. A new backend is one file in `backends/` and one arm in
+//! Five seams: [`backends::Backend`], [`stores::LeaseStore`] with [`stores::NetworkStores`] above it, [`host::Host`], and,
+//! private to their folders, `stores::registry::Registry` (keys and values: etcd, our own file) and (to come) the clouds'
+//! route tables. A new backend is one file in `backends/` and one arm in
 //! [`backends::choose`]; a new thing on the host is a variant of [`domain::host_state::HostItem`], and the compiler
 //! names every place that must know it.
 

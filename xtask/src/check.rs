@@ -53,7 +53,8 @@ const NO_IO: &[&str] = &[
     "std::net::UdpSocket",
 ];
 
-const EDGES: &[&str] = &["agent", "cli", "commands", "health", "metrics", "startup", "status", "subnet_env"];
+const EDGES: &[&str] =
+    &["agent", "cli", "commands", "health", "metrics", "server", "startup", "status", "subnet_env"];
 
 const RULES: &[Rule] = &[
     Rule { folder: "domain", ours: &["backends", "stores", "host"], theirs: NO_IO },
@@ -64,6 +65,11 @@ const RULES: &[Rule] = &[
     Rule { folder: "stores", ours: EDGES, theirs: &[] },
     Rule { folder: "host", ours: &["backends", "stores"], theirs: &[] },
     Rule { folder: "host", ours: EDGES, theirs: &[] },
+    Rule {
+        folder: "server",
+        ours: &["agent", "backends", "cli", "commands", "host"],
+        theirs: &["flannel_common"],
+    },
 ];
 
 /// Names that say nothing about what is inside.

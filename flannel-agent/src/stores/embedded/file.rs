@@ -38,14 +38,22 @@ pub(super) struct Record {
     pub(super) expires: Option<SystemTime>,
 }
 
+/// Everything in a file.
+pub(super) struct Contents {
+    pub(super) records: Vec<(String, Record)>,
+    /// Of the latest change.
+    pub(super) revision: u64,
+    layout: u64,
+}
+
 pub(super) struct File {
     path: PathBuf,
     database: Database,
 }
 
 impl File {
-    /// The file with everything in it, and the revision of its latest change.
-    pub(super) fn open(path: &Path) -> Result<(Self, Vec<(String, Record)>, u64), EmbeddedError> {
+    /// The file, made where there is none, with everything in it.
+    pub(super) fn open(path: &Path) -> Result<(Self, Contents), EmbeddedError> {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder)
                 .map_err(|source| EmbeddedError::Folder { path: path.into(), source })?;
@@ -55,14 +63,14 @@ impl File {
             error => EmbeddedError::Open { path: path.into(), reason: error.to_string() },
         })?;
         let file = Self { path: path.into(), database };
-        let (records, revision, layout) = file.read().map_err(|error| file.broken(&error))?;
-        if layout != THIS_LAYOUT {
-            return Err(EmbeddedError::Layout { path: path.into(), found: layout });
+        let contents = file.read().map_err(|error| file.broken(&error))?;
+        if contents.layout != THIS_LAYOUT {
+            return Err(EmbeddedError::Layout { path: path.into(), found: contents.layout });
         }
-        Ok((file, records, revision))
+        Ok((file, contents))
     }
 
-    fn read(&self) -> Result<(Vec<(String, Record)>, u64, u64), redb::Error> {
+    fn read(&self) -> Result<Contents, redb::Error> {
         // Makes the tables of a new file.
         let write = self.database.begin_write()?;
         {
@@ -83,7 +91,7 @@ impl File {
         }
         let facts = read.open_table(FACTS)?;
         let fact = |name| facts.get(name).map(|fact| fact.map_or(0, |fact| fact.value()));
-        Ok((records, fact(REVISION)?, fact(LAYOUT)?))
+        Ok(Contents { records, revision: fact(REVISION)?, layout: fact(LAYOUT)? })
     }
 
     /// Writes or deletes an entry. On disk when it returns.

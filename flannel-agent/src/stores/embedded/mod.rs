@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::sync::watch;
 
-use self::file::{File, Record};
+use self::file::{Contents, File, Record};
 use super::LEASE_TTL;
 use super::registry::{
     Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, RegistryNetworks, WatchEnd, Written,
@@ -79,7 +79,7 @@ impl Embedded {
     /// # Errors
     /// It can't be read or written, another process has it, or it is no file of ours.
     pub fn open(path: &Path) -> Result<Self, EmbeddedError> {
-        let (file, records, revision) = File::open(path)?;
+        let (file, Contents { records, revision, .. }) = File::open(path)?;
         let (now, wall) = (Instant::now(), SystemTime::now());
         let entries = records.into_iter().map(|(key, record)| {
             let Record { value, revision, expires } = record;
