@@ -104,14 +104,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts the agent inside `namespace` against the etcd at `endpoint`.
+    /// Starts the agent inside `namespace` on the store that the flags in `store` name.
     ///
     /// # Errors
     /// The binary can't be started.
     pub fn start(
         namespace: &Arc<Namespace>,
         files: &AgentFiles,
-        endpoint: &str,
+        store: &[String],
         options: &AgentOptions,
     ) -> Result<Self> {
         let log = files.log();
@@ -122,7 +122,7 @@ impl Agent {
             .with_context(|| format!("open {}", log.display()))?;
         let mut command = namespace.command(&options.binary);
         command
-            .arg(format!("--etcd-endpoints={endpoint}"))
+            .args(store)
             .arg(format!("--subnet-file={}", files.subnet_env().display()))
             .arg(format!("--status-socket={}", files.socket().display()))
             .args(["--healthz-ip=127.0.0.1", &format!("--healthz-port={HEALTH_PORT}")]);

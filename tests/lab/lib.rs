@@ -26,6 +26,7 @@ use anyhow::{Context as _, Result};
 pub mod agent;
 pub mod bpf;
 pub mod datastore;
+pub mod lease_server;
 pub mod namespace;
 pub mod probe;
 pub mod proxy;

@@ -9,6 +9,8 @@ mod contract;
 mod etcd;
 mod ground;
 mod relay;
+mod server;
+mod transcript;
 
 use std::future::Future;
 use std::io::Write;
@@ -84,6 +86,12 @@ macro_rules! etcd {
     };
 }
 
+macro_rules! server {
+    ($($module:ident::$case:ident)*) => {
+        vec![$(Trial::test(concat!("server::", stringify!($case)), || run($module::$case()))),*]
+    };
+}
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // They mostly wait; more at once than there are cores.
@@ -152,6 +160,20 @@ fn main() -> ExitCode {
         a_reservation_that_cannot_be_is_refused_with_the_reason
         a_revoked_lease_is_told_and_free
     );
+    trials.extend(server!(
+        server::nothing_acknowledged_is_lost_in_twenty_kills
+        server::clients_that_hang_hurt_nobody_else
+        server::a_thousand_watching_clients_cost_one_watch_of_the_store
+        server::bad_requests_are_answered_as_flanneld_answers_them
+        server::clients_without_a_certificate_are_refused
+        server::a_client_moves_on_when_its_server_dies
+        server::a_server_that_is_away_is_one_interruption_and_then_a_snapshot
+        server::a_file_has_one_server_at_a_time
+        server::no_lease_ends_right_after_a_start
+        server::a_socket_of_systemd_is_taken_over
+        transcript::a_recorded_client_hears_what_it_heard_from_flanneld
+        transcript::a_recorded_client_of_several_networks_hears_what_it_heard_from_flanneld
+    ));
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(etcd);
 

@@ -58,10 +58,10 @@ impl File {
             std::fs::create_dir_all(folder)
                 .map_err(|source| EmbeddedError::Folder { path: path.into(), source })?;
         }
-        let database = Database::create(path).map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => EmbeddedError::InUse(path.into()),
-            error => EmbeddedError::Open { path: path.into(), reason: error.to_string() },
-        })?;
+        if !path.exists() {
+            make(path)?;
+        }
+        let database = Database::open(path).map_err(|error| unopened(path, &error))?;
         let file = Self { path: path.into(), database };
         let contents = file.read().map_err(|error| file.broken(&error))?;
         if contents.layout != THIS_LAYOUT {
@@ -120,6 +120,31 @@ impl File {
     fn broken(&self, error: &redb::Error) -> EmbeddedError {
         EmbeddedError::Broken { path: self.path.clone(), reason: error.to_string() }
     }
+}
+
+fn unopened(path: &Path, error: &DatabaseError) -> EmbeddedError {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => EmbeddedError::InUse(path.into()),
+        error => EmbeddedError::Open { path: path.into(), reason: error.to_string() },
+    }
+}
+
+/// Makes an empty database beside its place and moves it there: killed in between, nothing half made is in the way.
+fn make(path: &Path) -> Result<(), EmbeddedError> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    let failed =
+        |error: std::io::Error| EmbeddedError::Open { path: path.into(), reason: error.to_string() };
+    match std::fs::remove_file(&beside) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    drop(Database::create(&beside).map_err(|error| unopened(&beside, &error))?);
+    std::fs::rename(&beside, path).map_err(failed)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 
 /// Never 0, which stands for no end.
