@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Child,
@@ -121,6 +122,22 @@ impl LeaseServer {
             ensure!(started.elapsed() < START_LIMIT, "the server does not listen:\n{}", crate::tail(&path));
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Takes a lease away, as an operator does.
+    ///
+    /// # Errors
+    /// It does not answer, or refuses.
+    pub fn revoke(&self, key: &str) -> Result<()> {
+        let limit = Duration::from_secs(5);
+        let address = self.address;
+        let mut socket = self.namespace.run(|| Ok(TcpStream::connect_timeout(&address, limit)?))?;
+        socket.set_read_timeout(Some(limit))?;
+        write!(socket, "DELETE /v1/_/leases/{key} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        socket.take(1 << 16).read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 200 "), "revoke {key}: {answer}");
+        Ok(())
     }
 
     /// Standard output and error of every server started here.

@@ -6,6 +6,7 @@ mod cleanup;
 mod damage;
 mod datastore;
 mod others;
+mod server;
 mod underlay;
 
 use std::{process::ExitCode, thread::sleep, time::Duration};
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     trials.extend(damage::trials());
     trials.extend(datastore::trials());
     trials.extend(others::trials());
+    trials.extend(server::trials());
     trials.extend(underlay::trials());
     run(trials)
 }

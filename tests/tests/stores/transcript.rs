@@ -5,6 +5,7 @@
 //! read from the answers that tell of it, and done.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -213,11 +214,10 @@ async fn replay(folder: &str, client: &str, networks: &[(Option<&str>, &str)]) -
             let head = stage.ours.put_into(head);
             let head: Vec<_> = head.lines().filter(|line| !line.starts_with("Content-Length")).collect();
             let request = format!("{}\r\nContent-Length: {}\r\n\r\n{body}", head.join("\r\n"), body.len());
-            if !connections.contains_key(&message.connection) {
-                let stream = TcpStream::connect(&stage.address).await?;
-                connections.insert(message.connection, (stream, String::new()));
-            }
-            let (stream, network) = connections.get_mut(&message.connection).context("it is there")?;
+            let (stream, network) = match connections.entry(message.connection) {
+                Entry::Occupied(open) => open.into_mut(),
+                Entry::Vacant(new) => new.insert((TcpStream::connect(&stage.address).await?, String::new())),
+            };
             *network = request.split('/').nth(2).unwrap_or_default().to_owned();
             stream.write_all(request.as_bytes()).await?;
             asked += 1;

@@ -37,6 +37,9 @@ pub(crate) struct Arguments {
     /// Which data path the agents use; auto takes the best this kernel offers
     #[arg(long, default_value = "auto", value_parser = ["auto", "xdp", "tc", "tun", "ebpf"])]
     datapath: String,
+    /// Where the leases are: a flannel server with a file of its own, which is the same binary, or etcd
+    #[arg(long, default_value = "embedded", value_parser = ["embedded", "etcd"])]
+    store: String,
     /// Leave it running and say how to look around; Ctrl-C ends it
     #[arg(long)]
     keep: bool,
@@ -77,8 +80,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn show(arguments: &Arguments, agent: &Path, datapath: &str, privileged: bool) -> Result<()> {
-    let step = Step::begin("hosts, underlay, etcd");
-    let plan = Lab::named(NAME).hosts(arguments.hosts);
+    let (store, plan) = match arguments.store.as_str() {
+        "etcd" => ("etcd", Lab::named(NAME)),
+        _ => ("lease server", Lab::named(NAME).served_by(agent)),
+    };
+    let step = Step::begin(&format!("hosts, underlay, {store}"));
+    let plan = plan.hosts(arguments.hosts);
     let plan = if privileged { plan.listed() } else { plan };
     let mut lab = plan.build()?;
     step.done(&format!("{} hosts on 10.99.0.0/24, network {NETWORK}", arguments.hosts));

@@ -134,8 +134,7 @@ fn make(path: &Path) -> Result<(), EmbeddedError> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
-    let failed =
-        |error: std::io::Error| EmbeddedError::Open { path: path.into(), reason: error.to_string() };
+    let failed = |error: std::io::Error| EmbeddedError::Open { path: path.into(), reason: error.to_string() };
     match std::fs::remove_file(&beside) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
