@@ -18,48 +18,84 @@ use tokio_util::sync::CancellationToken;
 /// The loop is stuck when it did not turn for this long: more than any batch of changes takes.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// What the agent still waits for. Cheap to clone; all clones are one.
+/// What the agent still waits for. Cheap to clone; all clones are one. Of several networks each has a view of its own,
+/// and what is served is all of them.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     inner: Arc<Mutex<Inner>>,
+    /// The network's name; empty without one.
+    scope: Arc<str>,
 }
+
+type Scope = Arc<str>;
 
 #[derive(Debug, Default)]
 struct Inner {
-    waiting_for: BTreeMap<&'static str, String>,
-    /// Set once the loop runs.
-    last_turn: Option<Instant>,
+    waiting_for: BTreeMap<(Scope, &'static str), String>,
+    /// Of each loop, once it runs.
+    last_turns: BTreeMap<Scope, Instant>,
 }
 
 impl Health {
     /// Not ready for this reason; replaces an earlier reason of the same part.
     pub fn wait(&self, part: &'static str, reason: impl Into<String>) {
-        self.lock().waiting_for.insert(part, reason.into());
+        self.lock().waiting_for.insert((self.scope.clone(), part), reason.into());
     }
 
     /// This part is done; whether it was awaited until now.
     pub fn done(&self, part: &'static str) -> bool {
-        self.lock().waiting_for.remove(part).is_some()
+        self.lock().waiting_for.remove(&(self.scope.clone(), part)).is_some()
     }
 
     /// The loop turned.
     pub fn turn(&self, now: Instant) {
-        self.lock().last_turn = Some(now);
+        self.lock().last_turns.insert(self.scope.clone(), now);
     }
 
-    /// Why the agent is not ready; empty when it is.
+    /// Why this network is not ready; empty when it is.
     pub fn reasons(&self) -> Vec<String> {
-        self.lock().waiting_for.values().cloned().collect()
+        let inner = self.lock();
+        let own = inner.waiting_for.iter().filter(|((scope, _), _)| *scope == self.scope);
+        own.map(|(_, reason)| reason.clone()).collect()
     }
 
-    /// Whether the loop still turns; before it runs, starting counts as alive.
+    /// Why the agent is not ready, of all networks.
+    pub fn all_reasons(&self) -> Vec<String> {
+        let inner = self.lock();
+        let said = |((scope, _), reason): (&(Scope, _), &String)| match scope.as_ref() {
+            "" => reason.clone(),
+            scope => format!("network {scope}: {reason}"),
+        };
+        inner.waiting_for.iter().map(said).collect()
+    }
+
+    /// Whether every loop still turns; before one runs, starting counts as alive.
     pub fn alive(&self, now: Instant) -> bool {
-        self.lock().last_turn.is_none_or(|turn| now.saturating_duration_since(turn) < STUCK)
+        self.lock().last_turns.values().all(|turn| now.saturating_duration_since(*turn) < STUCK)
+    }
+
+    /// The view of one network.
+    pub fn of_network(&self, name: &str) -> Self {
+        Self { inner: self.inner.clone(), scope: name.into() }
+    }
+
+    /// Nothing is awaited here any more, and no loop runs.
+    pub fn forget(&self) {
+        let mut inner = self.lock();
+        inner.waiting_for.retain(|(scope, _), _| *scope != self.scope);
+        inner.last_turns.remove(&self.scope);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         // Every critical section is one map operation: a poisoned lock still holds a whole map.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `READY=1` to a supervisor that wants to know (sd_notify(3), contract §10.2).
+pub fn tell_systemd() {
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!("can't tell systemd that we are ready: {error}");
     }
 }
 
@@ -95,7 +131,7 @@ async fn healthz(State(health): State<Health>) -> (StatusCode, &'static str) {
 }
 
 async fn readyz(State(health): State<Health>) -> (StatusCode, String) {
-    let reasons = health.reasons();
+    let reasons = health.all_reasons();
     if reasons.is_empty() {
         (StatusCode::OK, "flanneld is ready".to_owned())
     } else {
@@ -116,6 +152,20 @@ mod tests {
         assert_eq!(health.reasons(), ["no lease yet: etcd is unreachable"]);
         health.done("lease");
         assert!(health.reasons().is_empty());
+    }
+
+    #[test]
+    fn networks_are_told_apart_and_served_together() {
+        let all = Health::default();
+        let (blue, red) = (all.of_network("blue"), all.of_network("red"));
+        blue.wait("lease", "no lease");
+        red.wait("lease", "out of subnets");
+        assert_eq!(blue.reasons(), ["no lease"]);
+        assert_eq!(all.all_reasons(), ["network blue: no lease", "network red: out of subnets"]);
+        blue.done("lease");
+        red.turn(Instant::now());
+        red.forget();
+        assert!(all.all_reasons().is_empty() && all.alive(Instant::now() + 2 * STUCK));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::domain::network_name::NetworkName;
 use crate::host::udp::TunnelReport;
 
 /// The whole answer.
@@ -162,4 +163,55 @@ pub async fn read(path: &Path) -> Result<Status, StatusError> {
         _ => return Err(StatusError::NoAnswer(shown)),
     }
     serde_json::from_slice(&text).map_err(|source| StatusError::Garbled { path: shown, source })
+}
+
+/// The socket of one of several networks: `/run/flannel/status-blue.sock` beside `/run/flannel/status.sock`.
+pub fn socket_of(path: &Path, network: &NetworkName) -> PathBuf {
+    let (stem, extension) = parts(path);
+    path.with_file_name(format!("{stem}-{network}{extension}"))
+}
+
+/// The networks whose sockets lie beside `path`.
+pub fn networks_beside(path: &Path) -> Vec<NetworkName> {
+    let (stem, extension) = parts(path);
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<NetworkName> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter_map(|file| {
+            file.strip_prefix(&format!("{stem}-"))?.strip_suffix(extension.as_str())?.parse().ok()
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+/// `status` and `.sock`.
+fn parts(path: &Path) -> (String, String) {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let extension =
+        path.extension().map(|extension| format!(".{}", extension.to_string_lossy())).unwrap_or_default();
+    (stem, extension)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_networks_socket_lies_beside_the_agents() {
+        let name: NetworkName = "blue".parse().unwrap();
+        for (path, wanted) in
+            [("/run/flannel/status.sock", "/run/flannel/status-blue.sock"), ("/s", "/s-blue")]
+        {
+            assert_eq!(socket_of(Path::new(path), &name), PathBuf::from(wanted));
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.sock");
+        for file in ["status-red.sock", "status-blue.sock", "status.sock", "status-x.lock", "other"] {
+            std::fs::write(folder.path().join(file), "").unwrap();
+        }
+        let names: Vec<_> = networks_beside(&path).iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["blue", "red"]);
+    }
 }

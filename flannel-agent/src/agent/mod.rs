@@ -8,6 +8,7 @@
 //! rest. Nothing is removed before the store's first snapshot: an empty list of peers means nothing until then.
 
 mod paths;
+mod report;
 mod retries;
 mod tenure;
 #[cfg(test)]
@@ -38,7 +39,7 @@ use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::{Changed, OwnLease, Peers};
 use crate::health::Health;
 use crate::host::{Host, News};
-use crate::status::{InterfaceStatus, PeerStatus, Question, RefusedStatus, Status};
+use crate::status::Question;
 use crate::stores::LeaseStore;
 use crate::subnet_env::SubnetEnv;
 
@@ -69,6 +70,27 @@ pub struct AgentOptions {
     pub renew_margin: Duration,
     /// A path's lowered MTU stands this long before a larger one is tried.
     pub path_mtu_lifetime: Duration,
+    pub company: Company,
+}
+
+/// Whether this loop is all there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Company {
+    /// It tells systemd that the node is ready; when the lease is lost it leaves the host as it is, for the supervisor
+    /// that starts the process again.
+    Alone,
+    /// One of several networks in this process, which tells others apart: it is started again here, maybe with another
+    /// subnet, so a lost lease takes what hung on it along.
+    AmongNetworks,
+}
+
+/// What the loop can be told from outside.
+#[derive(Clone, Debug, Default)]
+pub struct Orders {
+    /// End, and leave the host as it is.
+    pub stop: CancellationToken,
+    /// End, and take everything of ours off the host: the network is no more.
+    pub leave: CancellationToken,
 }
 
 /// Why the loop ended.
@@ -76,6 +98,8 @@ pub struct AgentOptions {
 pub enum End {
     /// It was told to. The host is left as it is.
     Stopped,
+    /// It was told to leave. Nothing of its making is on the host any more.
+    Left,
     /// Our subnet belongs to another node, or to nobody we can take it back from.
     LeaseLost(String),
 }
@@ -125,21 +149,31 @@ impl<H: Host> Agent<H> {
         }
     }
 
-    /// Runs until `stop` or until the lease is lost for good. `questions` are answered in between.
-    pub async fn run(mut self, stop: CancellationToken, questions: mpsc::Receiver<Question>) -> End {
-        let end = self.turn(stop, questions).await;
-        self.undo().await;
+    /// Runs until it is told to end or until the lease is lost for good. `questions` are answered in between.
+    pub async fn run(mut self, orders: Orders, questions: mpsc::Receiver<Question>) -> End {
+        let end = self.turn(&orders, questions).await;
+        // A start that never became ready on a host where nothing of ours was leaves nothing behind.
+        let never_began = self.published.is_none() && self.found_nothing;
+        let gone = match end {
+            End::Left => true,
+            End::LeaseLost(_) => self.options.company == Company::AmongNetworks,
+            End::Stopped => false,
+        };
+        if never_began || gone {
+            self.clear().await;
+        }
         end
     }
 
-    async fn turn(&mut self, stop: CancellationToken, mut questions: mpsc::Receiver<Question>) -> End {
+    async fn turn(&mut self, orders: &Orders, mut questions: mpsc::Receiver<Question>) -> End {
         let mut events = self.node.store.watch();
         self.look().await;
         self.found_nothing = self.applied.as_ref().is_some_and(HostState::is_empty);
         self.inherit_paths();
         // Usually a matter of milliseconds, and it spares a pass with half the truth.
         tokio::select! {
-            () = stop.cancelled() => return End::Stopped,
+            () = orders.stop.cancelled() => return End::Stopped,
+            () = orders.leave.cancelled() => return End::Left,
             () = tokio::time::sleep(FIRST_WORD) => {}
             event = events.next() => if let Some(event) = event { self.fold(event) },
         }
@@ -154,7 +188,8 @@ impl<H: Host> Agent<H> {
             self.reconcile().await;
             self.health.turn(now());
             tokio::select! {
-                () = stop.cancelled() => return End::Stopped,
+                () = orders.stop.cancelled() => return End::Stopped,
+                () = orders.leave.cancelled() => return End::Left,
                 event = events.next() => if let Some(event) = event { self.fold(event) },
                 news = self.host.news() => match news {
                     News::Disturbed => {
@@ -334,11 +369,8 @@ impl<H: Host> Agent<H> {
         tunnel
     }
 
-    /// A start that never became ready on a host where nothing of ours was leaves nothing behind.
-    async fn undo(&mut self) {
-        if self.published.is_some() || !self.found_nothing {
-            return;
-        }
+    /// Takes everything of ours off the host.
+    async fn clear(&mut self) {
         let Some(applied) = &self.applied else { return };
         let changes = applied.changes_to(&HostState::new());
         for (change, result) in changes.iter().zip(self.host.apply(&changes).await) {
@@ -396,8 +428,8 @@ impl<H: Host> Agent<H> {
             None => {
                 self.node.store.network_is_up();
                 tracing::info!("ready: {} leased, {file} written", self.node.lease.subnets);
-                if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                    tracing::warn!("can't tell systemd that we are ready: {error}");
+                if self.options.company == Company::Alone {
+                    crate::health::tell_systemd();
                 }
             }
             Some(before) => tracing::info!(
@@ -406,59 +438,6 @@ impl<H: Host> Agent<H> {
                 before.mtu,
                 self.node.backend.mtu(),
             ),
-        }
-    }
-
-    fn status(&self) -> Status {
-        let Node { config, context: BackendContext { interface, .. }, lease, .. } = &self.node;
-        let not_ready = self.health.reasons();
-        Status {
-            version: crate::cli::VERSION.to_owned(),
-            pid: std::process::id(),
-            interface: InterfaceStatus {
-                name: interface.name.clone(),
-                address: interface.address.into(),
-                public_ip: interface.public_ip.into(),
-                mtu: interface.mtu,
-                away: self.underlay.away().map(str::to_owned),
-                preferred: self.underlay.preferred().map(str::to_owned),
-            },
-            network: cidr(networks(config)),
-            lease: lease.subnets.to_string(),
-            subnet: cidr(lease.subnets),
-            lease_expires_in: lease.expires.map(|expires| expires.saturating_duration_since(now()).as_secs()),
-            lease_held_for: self.tenure.held_for(now()).as_secs(),
-            lease_renewed_ago: self.tenure.renewed_ago(now()).as_secs(),
-            backend: config.backend.name().to_owned(),
-            mtu: self.node.backend.mtu(),
-            mtu_reason: self.node.backend.mtu_reason(),
-            ready: not_ready.is_empty(),
-            not_ready,
-            peers: self
-                .peers
-                .iter()
-                .map(|peer| PeerStatus {
-                    subnet: cidr(peer.subnets),
-                    public_ip: match (peer.subnets.v4, peer.attrs.public_ipv6) {
-                        (None, Some(v6)) => v6.into(),
-                        _ => peer.attrs.public_ip.into(),
-                    },
-                })
-                .collect(),
-            refused: self
-                .peers
-                .refused()
-                .map(|refused| RefusedStatus {
-                    key: refused.lease.subnets.to_string(),
-                    reason: refused.reason.to_string(),
-                })
-                .chain(
-                    self.peers
-                        .unreadable()
-                        .map(|entry| RefusedStatus { key: entry.key.clone(), reason: entry.reason.clone() }),
-                )
-                .collect(),
-            tunnels: self.tunnels(),
         }
     }
 }
@@ -485,12 +464,6 @@ fn own_addresses(interface: &ExternalInterface) -> Vec<IpAddr> {
 
 fn networks(config: &NetworkConfig) -> Subnets {
     Subnets { v4: config.v4.map(|range| range.network), v6: config.v6.map(|range| range.network) }
-}
-
-/// The IPv4 part, else the IPv6 part, as `address/length`.
-fn cidr(subnets: Subnets) -> String {
-    let v4 = subnets.v4.map(|net| net.to_string());
-    v4.or_else(|| subnets.v6.map(|net| net.to_string())).unwrap_or_default()
 }
 
 fn after(wait: Duration) -> TokioInstant {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::status::Status;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::backends::{self, BackendContext};
@@ -39,7 +39,7 @@ struct Running {
     host: FakeHost,
     health: Health,
     ask: mpsc::Sender<Question>,
-    stop: CancellationToken,
+    orders: Orders,
     task: JoinHandle<End>,
     files: tempfile::TempDir,
 }
@@ -87,13 +87,14 @@ impl Running {
             subnet_file: files.path().join("subnet.env"),
             renew_margin: Duration::from_secs(3600),
             path_mtu_lifetime: Duration::from_secs(600),
+            company: Company::Alone,
         };
         let health = Health::default();
-        let stop = CancellationToken::new();
+        let orders = Orders::default();
         let (ask, questions) = mpsc::channel(1);
         let agent = Agent::new(node, host.clone(), options, health.clone());
-        let task = tokio::spawn(agent.run(stop.clone(), questions));
-        Self { store, host, health, ask, stop, task, files }
+        let task = tokio::spawn(agent.run(orders.clone(), questions));
+        Self { store, host, health, ask, orders, task, files }
     }
 
     fn peer(&self, subnet: &str, node: &str, backend_type: &str) {
@@ -133,7 +134,7 @@ impl Running {
     }
 
     async fn end(self) -> End {
-        self.stop.cancel();
+        self.orders.stop.cancel();
         self.task.await.unwrap()
     }
 }
@@ -333,6 +334,16 @@ async fn a_tunnel_that_does_not_come_up_gets_no_route_and_leaves_nothing_behind(
     assert!(!running.files.path().join("subnet.env").exists());
     assert_eq!(running.end().await, End::Stopped);
     assert!(host.state().is_empty(), "left behind:\n{host}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_network_that_is_left_takes_everything_along() {
+    let running = Running::start("host-gw", FakeHost::new()).await;
+    running.ready().await;
+    running.orders.leave.cancel();
+    let host = running.host.clone();
+    assert_eq!(running.task.await.unwrap(), End::Left);
+    assert_eq!(host.to_string(), "");
 }
 
 #[tokio::test(start_paused = true)]

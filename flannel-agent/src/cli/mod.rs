@@ -32,6 +32,7 @@ use self::settings::Origins;
 pub use self::settings::{
     ClientCertificate, EtcdSettings, Login, Secret, Settings, StoreSettings, Verbosity,
 };
+use crate::domain::network_name::NetworkName;
 use crate::domain::wording::{nearest, quoted, shown};
 
 /// The name under which the binary is the daemon and nothing else.
@@ -95,6 +96,9 @@ pub struct LookAt {
     /// Socket of the agent, its --status-socket
     #[arg(long, value_name = "PATH", default_value = STATUS_SOCKET)]
     pub socket: PathBuf,
+    /// The network to look at, of an agent that has several
+    #[arg(long, value_name = "NAME")]
+    pub network: Option<NetworkName>,
     /// Where it pinned programs and maps, its --bpffs-path: looked at while no agent answers
     #[arg(long, value_name = "DIR", default_value = BPFFS_PATH)]
     pub bpffs_path: PathBuf,

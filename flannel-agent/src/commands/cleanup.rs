@@ -58,12 +58,16 @@ async fn clean(command: &CleanupCommand) -> Result<(), String> {
 
 /// Why it is not the time to clean up.
 async fn running(command: &CleanupCommand, found: &[Leftover]) -> Option<String> {
-    if let Ok(status) = status::read(&command.socket).await {
-        let socket = command.socket.display();
-        return Some(format!(
-            "an agent (pid {}) runs and answers on {socket}; it would put everything back, so stop it first",
-            status.pid
-        ));
+    let of_networks = status::networks_beside(&command.socket);
+    let of_networks = of_networks.iter().map(|name| status::socket_of(&command.socket, name));
+    for socket in std::iter::once(command.socket.clone()).chain(of_networks) {
+        if let Ok(status) = status::read(&socket).await {
+            return Some(format!(
+                "an agent (pid {}) runs and answers on {}; it would put everything back, so stop it first",
+                status.pid,
+                socket.display()
+            ));
+        }
     }
     let device = found.iter().find_map(Leftover::in_use)?;
     Some(format!("a running process holds {device} open; if it is an agent, stop it first"))

@@ -1,7 +1,10 @@
 //! What the binary can be told to do: the daemon, clients of the running daemon, and what is done without it.
 
+mod claims;
 pub mod cleanup;
 pub mod daemon;
+mod network;
+mod networks;
 mod open;
 mod serve;
 mod sight;

@@ -44,12 +44,25 @@ impl Sight {
 /// # Errors
 /// In one sentence: no agent answers, and nothing is there without it.
 pub(super) async fn look(at: &LookAt) -> Result<Sight, String> {
-    match status::read(&at.socket).await {
+    let socket = match &at.network {
+        Some(name) => status::socket_of(&at.socket, name),
+        None => at.socket.clone(),
+    };
+    match status::read(&socket).await {
         Ok(status) => Ok(Sight::Agent(Box::new(status))),
         // An agent of another version runs: what it does is for the client of that version to say.
         Err(error @ StatusError::Garbled { .. }) => Err(error.to_string()),
         Err(error) => {
-            let no_agent = error.to_string();
+            let no_agent = match status::networks_beside(&at.socket).as_slice() {
+                names if at.network.is_none() && !names.is_empty() => {
+                    let names: Vec<_> = names.iter().map(|name| format!("--network={name}")).collect();
+                    return Err(format!(
+                        "the agent here has several networks, name one: {}",
+                        names.join(" or ")
+                    ));
+                }
+                _ => error.to_string(),
+            };
             match without_agent(at, &no_agent).await {
                 Ok(seen) if seen.is_empty() => Err(format!(
                     "{no_agent}; and nothing carries packets without it: no tunnel is pinned below {}, no route is there",

@@ -76,6 +76,16 @@ fn explain(error: &io::Error) -> String {
     }
 }
 
+/// Major and minor number of the running kernel.
+pub fn kernel_release() -> Option<(u32, u32)> {
+    release(&read("kernel/osrelease").ok()?)
+}
+
+fn release(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +135,12 @@ mod tests {
         assert!(!value.is_empty() && !value.ends_with('\n'));
         assert_eq!(write(&Sysctl { key, value }), Ok(()));
         assert_eq!(single_spaced("4096\t131072\t 6291456\n"), "4096 131072 6291456");
+    }
+
+    #[test]
+    fn a_kernel_release_is_two_numbers() {
+        for (text, wanted) in [("6.1.0-56-amd64", Some((6, 1))), ("7.3.4\n", Some((7, 3))), ("linux", None)] {
+            assert_eq!(release(text), wanted);
+        }
     }
 }

@@ -6,6 +6,7 @@
 mod configuration;
 mod looks;
 mod narrow;
+mod networks;
 mod offloads;
 mod others;
 mod paths;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     trials.extend(paths::trials());
     trials.extend(looks::trials());
     trials.extend(narrow::trials());
+    trials.extend(networks::trials());
     trials.extend(services::trials());
     trials.extend(shortcut::trials());
     trials.extend(offloads::trials());

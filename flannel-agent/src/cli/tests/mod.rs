@@ -305,7 +305,7 @@ fn an_error_is_followed_by_where_to_look() {
 
 #[test]
 fn subcommands_are_for_the_agents_own_name() {
-    let at = |socket: &str| LookAt { socket: socket.into(), bpffs_path: "/sys/fs/bpf".into() };
+    let at = |socket: &str| LookAt { socket: socket.into(), network: None, bpffs_path: "/sys/fs/bpf".into() };
     let status =
         |json, socket: &str| Parsed::Command(Command::Status(StatusCommand { json, at: at(socket) }));
     for (text, wanted) in [

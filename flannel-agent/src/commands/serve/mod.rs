@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::open::{self, OpenError};
 use crate::cli::{ServeSettings, StoreSettings};
-use crate::health::Health;
+use crate::health::{self, Health};
 use crate::server::{self, ListenAddress, Listener, ListenerError, ServerTlsFiles};
 use crate::stores::NetworkStores;
 use crate::stores::embedded::Embedded;
@@ -55,9 +55,7 @@ pub(super) async fn run(
     let where_ = listener.address().map_or_else(|_| settings.listen.clone(), |address| address.to_string());
     tracing::info!("serving leases on {where_}{}", if tls.is_some() { ", over TLS" } else { "" });
     health.done(PART);
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::warn!("can't tell systemd that we are ready: {error}");
-    }
+    health::tell_systemd();
     let heart = tokio::spawn(beat(health.clone(), stop.clone()));
     server::serve(listener, networks, stop).await;
     heart.abort();

@@ -584,7 +584,7 @@ impl KernelPath {
             return None;
         }
         [(INGRESS, self.ingress_hook()), (ENCAP, self.encap_hook())].into_iter().find_map(|(name, hook)| {
-            let program = self.programs.ahead_of(name, &hook)?;
+            let program = self.programs.ahead_of(name, &hook, &self.pins)?;
             Some(Ahead { program, hook: format!("{} of {}", hook.side.word(), hook.device) })
         })
     }

@@ -255,12 +255,20 @@ impl Programs {
         .map_err(|reason| format!("{name}: {reason}"))
     }
 
-    /// The program that runs before ours at a tcx hook, if one does: it may swallow what is the tunnel's.
+    /// The program that runs before ours at a tcx hook, if one does: it may swallow what is the tunnel's. Those of this
+    /// host's other tunnels do not, each takes packets of its own port only.
     #[must_use]
-    pub fn ahead_of(&self, name: &'static str, hook: &Hook<'_>) -> Option<u32> {
+    pub fn ahead_of(&self, name: &'static str, hook: &Hook<'_>, pins: &PinFolder) -> Option<u32> {
         let id = self.id(name)?;
         let programs = inspect::tcx_programs(hook.ifindex, hook.side.tcx()).ok()?;
-        programs.into_iter().take_while(|other| *other != id).next()
+        let mut ahead = programs.into_iter().take_while(|other| *other != id).peekable();
+        ahead.peek()?;
+        let siblings: Vec<u32> = pins
+            .of_other_devices(hook.pin)
+            .iter()
+            .filter_map(|pin| inspect::pinned_link(pin).ok()??.program.into())
+            .collect();
+        ahead.find(|program| !siblings.contains(program))
     }
 
     /// Hangs XDP decapsulation on the interface in native mode, the build with fragments where the plain one does not

@@ -130,6 +130,16 @@ impl PinFolder {
         Ok(())
     }
 
+    /// The pins of this link that other tunnels may have.
+    pub(super) fn of_other_devices(&self, link: LinkPin) -> Vec<PathBuf> {
+        let Some(all) = self.device.parent() else { return Vec::new() };
+        let others = names_in(all).into_iter().map(|name| all.join(name)).filter(|path| *path != self.device);
+        others
+            .flat_map(|device| names_in(&device).into_iter().map(move |version| device.join(version)))
+            .map(|version| version.join(link.name()))
+            .collect()
+    }
+
     /// A map of the other layout versions, where they have one of that name.
     #[must_use]
     pub fn of_other_versions(&self, map: &str) -> Vec<PathBuf> {
