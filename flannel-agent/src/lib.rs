@@ -23,6 +23,7 @@
 //! | [`cli`], [`subnet_env`] | flags; subnet.env | domain |
 //! | [`server`] | leases for other nodes over HTTP: `--listen` | stores, domain |
 //! | [`health`], [`status`] | what others may ask | – |
+//! | [`chance`] | random choices, which a test can repeat | – |
 //! | [`commands`] | put the parts together; `status` and `top` for people | everything |
 //!
 //! `cargo xtask check` reads the `crate::` paths and fails when a row is broken.
@@ -35,6 +36,7 @@
 
 pub mod agent;
 pub mod backends;
+pub mod chance;
 pub mod cli;
 pub mod commands;
 pub mod domain;

@@ -94,7 +94,7 @@ pub async fn take_lease(
 }
 
 async fn pause() {
-    let jitter = rand::rng().random_range(0..=200);
+    let jitter = crate::chance::rng().random_range(0..=200);
     tokio::time::sleep(PAUSE + Duration::from_millis(jitter)).await;
 }
 

@@ -477,5 +477,5 @@ fn now() -> Instant {
 
 /// Give or take a fifth, so that nodes that started together drift apart.
 fn jittered(period: Duration) -> Duration {
-    period.mul_f64(rand::rng().random_range(0.8..=1.2))
+    period.mul_f64(crate::chance::rng().random_range(0.8..=1.2))
 }

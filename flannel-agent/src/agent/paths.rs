@@ -55,7 +55,7 @@ impl<H: Host> Agent<H> {
     }
 
     async fn probe(&mut self) {
-        let (probes, learned) = self.paths.due(now(), &mut rand::rng());
+        let (probes, learned) = self.paths.due(now(), &mut crate::chance::rng());
         for learned in learned {
             tracing::info!("{learned}");
         }

@@ -109,7 +109,7 @@ impl Tenure {
             return;
         }
         self.failures = 0;
-        let jitter = rand::rng().random_range(Duration::ZERO..=SPREAD);
+        let jitter = crate::chance::rng().random_range(Duration::ZERO..=SPREAD);
         self.next = match lease.renew_at(now, self.margin, jitter) {
             Some(at) => {
                 tracing::debug!("the lease is renewed in {} s", at.saturating_duration_since(now).as_secs());
@@ -238,7 +238,7 @@ impl Tenure {
     fn back_off(&mut self) -> Duration {
         self.failures = self.failures.saturating_add(1);
         let longest = AGAIN.min(AGAIN_FIRST * 2_u32.saturating_pow(self.failures.min(10) - 1));
-        longest.mul_f64(rand::rng().random_range(0.5..=1.0))
+        longest.mul_f64(crate::chance::rng().random_range(0.5..=1.0))
     }
 }
 

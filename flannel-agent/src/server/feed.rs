@@ -54,7 +54,7 @@ struct Log<K, V> {
 impl<K: Ord + Clone, V: Clone + PartialEq> Log<K, V> {
     fn new() -> Self {
         // Apart from every other start's; ends far below what a signed number holds.
-        let base = u64::from(rand::rng().random_range(1..=0x3fff_ffff_u32)) << 32;
+        let base = u64::from(crate::chance::rng().random_range(1..=0x3fff_ffff_u32)) << 32;
         Self {
             present: BTreeMap::new(),
             unreadable: BTreeMap::new(),

@@ -18,11 +18,11 @@ impl BackOff {
     pub(super) fn next(&mut self) -> Duration {
         let longest = FIRST.saturating_mul(1 << self.failures.min(10)).min(LONGEST);
         self.failures = self.failures.saturating_add(1);
-        longest.mul_f64(rand::rng().random_range(0.5..=1.0))
+        longest.mul_f64(crate::chance::rng().random_range(0.5..=1.0))
     }
 }
 
 /// Give or take a fifth.
 pub(super) fn jittered(interval: Duration) -> Duration {
-    interval.mul_f64(rand::rng().random_range(0.8..=1.2))
+    interval.mul_f64(crate::chance::rng().random_range(0.8..=1.2))
 }

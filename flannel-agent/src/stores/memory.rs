@@ -223,7 +223,7 @@ impl LeaseStore for MemoryStore {
             let unreadable: Vec<Subnets> =
                 unreadable.iter().filter_map(|entry| entry.key.parse().ok()).collect();
             let taken = Taken { leases: &leases, unreadable: &unreadable };
-            let choice = choose(&request.wish(), &taken, &mut rand::rng())
+            let choice = choose(&request.wish(), &taken, &mut crate::chance::rng())
                 .map_err(|error| StoreError::no_subnet(error, NAME))?;
             let mut attrs = request.attrs.clone();
             match choice {

@@ -1,5 +1,6 @@
 //! One network in one store, seen by an operator: the same handles whatever the store is.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ enum Backing {
 
 /// A server in this process.
 struct Served {
+    address: SocketAddr,
     networks: RemoteNetworks,
     _stop: DropGuard,
 }
@@ -69,7 +71,8 @@ impl Ground {
     /// The same ground behind a server.
     pub(crate) async fn served(self) -> Result<Self> {
         let listener = Listener::bind(&ListenAddress::Tcp("127.0.0.1:0".into()), None).await?;
-        let servers = vec![listener.address()?.to_string()];
+        let address = listener.address()?;
+        let servers = vec![address.to_string()];
         let networks: Arc<dyn NetworkStores> = match &self.backing {
             Backing::Memory(_) => bail!("the store in memory has one network"),
             Backing::Etcd { options, .. } => Arc::new(etcd::open(options)?),
@@ -78,7 +81,37 @@ impl Ground {
         let stop = CancellationToken::new();
         tokio::spawn(server::serve(listener, networks, stop.clone()));
         let networks = RemoteNetworks::open(&RemoteOptions { servers, ..RemoteOptions::default() })?;
-        Ok(Self { served: Some(Served { networks, _stop: stop.drop_guard() }), ..self })
+        Ok(Self { served: Some(Served { address, networks, _stop: stop.drop_guard() }), ..self })
+    }
+
+    /// Where nodes connect to.
+    pub(crate) fn server_address(&self) -> Result<SocketAddr> {
+        match (&self.served, &self.backing) {
+            (Some(served), _) => Ok(served.address),
+            (None, Backing::Etcd { options, .. }) => {
+                let endpoint = options.endpoints.first().context("an endpoint")?;
+                Ok(endpoint.trim_start_matches("http://").parse()?)
+            }
+            _ => bail!("there is no server"),
+        }
+    }
+
+    /// The store as a node opens it whose way leads over `address`.
+    pub(crate) fn node_through(&self, address: SocketAddr) -> Result<Arc<dyn LeaseStore>> {
+        match (&self.served, &self.backing) {
+            (Some(_), _) => {
+                let options =
+                    RemoteOptions { servers: vec![address.to_string()], ..RemoteOptions::default() };
+                let store = RemoteNetworks::open(&options)?.network(None);
+                Ok(Arc::new(Configuring { store, operator: self.operator() }))
+            }
+            (None, Backing::Etcd { options, .. }) => {
+                let options =
+                    EtcdOptions { endpoints: vec![format!("http://{address}")], ..(**options).clone() };
+                Ok(etcd::open(&options)?.network(None))
+            }
+            _ => bail!("there is no server"),
+        }
     }
 
     /// Which revision a lease has is not said by a server.

@@ -11,6 +11,7 @@ mod ground;
 mod relay;
 mod server;
 mod transcript;
+mod trouble;
 
 use std::future::Future;
 use std::io::Write;
@@ -25,6 +26,9 @@ use self::ground::Ground;
 
 /// No case may hang; the slowest waits about ten seconds for a frozen etcd.
 const CASE_LIMIT: Duration = Duration::from_secs(50);
+
+/// Five troubles one after the other, each of which lasts a while.
+const TROUBLE_LIMIT: Duration = Duration::from_secs(240);
 
 /// Everything the agent logs while the cases run.
 static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
@@ -43,14 +47,18 @@ impl Write for Log {
 }
 
 fn run(case: impl Future<Output = anyhow::Result<()>>) -> Result<(), Failed> {
+    run_within(CASE_LIMIT, case)
+}
+
+fn run_within(limit: Duration, case: impl Future<Output = anyhow::Result<()>>) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(async { tokio::time::timeout(CASE_LIMIT, case).await });
+    let result = runtime.block_on(async { tokio::time::timeout(limit, case).await });
     // Calls to a server that hangs are not waited for.
     runtime.shutdown_background();
     match result {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(format!("{error:#}").into()),
-        Err(_) => Err(format!("not done after {} s", CASE_LIMIT.as_secs()).into()),
+        Err(_) => Err(format!("not done after {} s", limit.as_secs()).into()),
     }
 }
 
@@ -160,6 +168,17 @@ fn main() -> ExitCode {
         a_reservation_that_cannot_be_is_refused_with_the_reason
         a_revoked_lease_is_told_and_free
     );
+    let shared = etcd.clone();
+    trials.push(Trial::test("etcd_v3::each_trouble_on_the_way_is_survived", move || {
+        run_within(TROUBLE_LIMIT, async move {
+            trouble::each_is_survived(Ground::etcd(&shared, "trouble").await?).await
+        })
+    }));
+    trials.push(Trial::test("remote_embedded::each_trouble_on_the_way_is_survived", || {
+        run_within(TROUBLE_LIMIT, async {
+            trouble::each_is_survived(Ground::embedded().await?.served().await?).await
+        })
+    }));
     trials.extend(server!(
         server::nothing_acknowledged_is_lost_in_twenty_kills
         server::clients_that_hang_hurt_nobody_else

@@ -93,7 +93,7 @@ impl RegistryStore {
         let mut attrs = request.attrs.clone();
         loop {
             let taken = Taken { leases: &leases, unreadable: &unreadable };
-            let choice = choose(&request.wish(), &taken, &mut rand::rng())
+            let choice = choose(&request.wish(), &taken, &mut crate::chance::rng())
                 .map_err(|error| StoreError::no_subnet(error, self.registry.name()))?;
             let asked = Instant::now();
             let (subnets, written) = match choice {
@@ -201,7 +201,7 @@ impl RegistryStore {
 
     /// Lets others finish what they are doing before a race is run again.
     async fn step_aside(&self, tries: u32) {
-        let wait = rand::rng().random_range(0..=20 * u64::from(tries));
+        let wait = crate::chance::rng().random_range(0..=20 * u64::from(tries));
         tokio::time::sleep(Duration::from_millis(wait)).await;
     }
 }
