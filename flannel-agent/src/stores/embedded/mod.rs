@@ -83,9 +83,8 @@ impl Embedded {
         let (now, wall) = (Instant::now(), SystemTime::now());
         let entries = records.into_iter().map(|(key, record)| {
             let Record { value, revision, expires } = record;
-            let left =
-                expires.map(|end| end.duration_since(wall).unwrap_or_default().clamp(GRACE, LEASE_TTL));
-            (key, Stored { value, revision, expires: left.map(|left| now + left) })
+            let expires = expires.map(|end| now + left(end, wall));
+            (key, Stored { value, revision, expires })
         });
         let state = State { entries: entries.collect(), revision, forgotten: revision, ..State::default() };
         let (news, _) = watch::channel(revision);
@@ -146,6 +145,11 @@ impl Embedded {
         let left = |entry: &Stored| entry.expires.map(|end| end.saturating_duration_since(now));
         state.entries.iter().map(|(key, entry)| (key.clone(), entry.value.clone(), left(entry))).collect()
     }
+}
+
+/// What a lease has left when the file is opened and the clock says `wall`.
+fn left(end: SystemTime, wall: SystemTime) -> Duration {
+    end.duration_since(wall).unwrap_or_default().clamp(GRACE, LEASE_TTL)
 }
 
 /// What an entry becomes: nothing, or a value that lives for a time.
@@ -371,5 +375,27 @@ impl Registry for Store {
             }
         });
         Ok(notices.boxed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_jumped_while_the_server_was_away_ends_nothing_and_makes_nothing_eternal() {
+        let day = Duration::from_secs(86400);
+        let written = SystemTime::UNIX_EPOCH + 20_000 * day;
+        let end = written + day;
+        for (clock, wanted) in [
+            (written, day),
+            (written + day / 2, day / 2),
+            (end - Duration::from_secs(1), GRACE),
+            (end + 100 * day, GRACE),
+            (written - day, LEASE_TTL),
+            (SystemTime::UNIX_EPOCH, LEASE_TTL),
+        ] {
+            assert_eq!(left(end, clock), wanted, "{clock:?}");
+        }
     }
 }
