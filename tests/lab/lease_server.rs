@@ -129,14 +129,29 @@ impl LeaseServer {
     /// # Errors
     /// It does not answer, or refuses.
     pub fn revoke(&self, key: &str) -> Result<()> {
+        self.ask("DELETE", &format!("leases/{key}"), "")
+    }
+
+    /// Takes a lease for a node with these attributes (JSON).
+    ///
+    /// # Errors
+    /// It does not answer, or refuses.
+    pub fn lease(&self, attrs: &str) -> Result<()> {
+        self.ask("POST", "leases", attrs)
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &str) -> Result<()> {
         let limit = Duration::from_secs(5);
         let address = self.address;
         let mut socket = self.namespace.run(|| Ok(TcpStream::connect_timeout(&address, limit)?))?;
         socket.set_read_timeout(Some(limit))?;
-        write!(socket, "DELETE /v1/_/leases/{key} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        let head = format!("{method} /v1/_/{path} HTTP/1.1\r\nHost: {address}\r\nConnection: close");
+        // In one piece: of several the kernel holds the later ones back until the first is acknowledged.
+        let request = format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        socket.write_all(request.as_bytes())?;
         let mut answer = String::new();
         socket.take(1 << 16).read_to_string(&mut answer)?;
-        ensure!(answer.starts_with("HTTP/1.1 200 "), "revoke {key}: {answer}");
+        ensure!(answer.starts_with("HTTP/1.1 200 "), "{method} {path}: {answer}");
         Ok(())
     }
 

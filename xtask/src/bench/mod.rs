@@ -15,6 +15,7 @@ mod plot;
 mod programs;
 mod report;
 mod start;
+mod stores;
 mod table;
 mod traffic;
 mod variants;
@@ -79,6 +80,8 @@ enum Part {
     Peers,
     /// Nanoseconds in the eBPF programs
     Programs,
+    /// A thousand leases in etcd and in a server: start, one change, and the store gone
+    Stores,
 }
 
 impl Part {
@@ -87,7 +90,7 @@ impl Part {
             .map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    const ALL: [Self; 5] = [Self::Wire, Self::Super, Self::Start, Self::Peers, Self::Programs];
+    const ALL: [Self; 6] = [Self::Wire, Self::Super, Self::Start, Self::Peers, Self::Programs, Self::Stores];
 }
 
 /// Builds, measures, judges.
@@ -211,6 +214,10 @@ impl Bench {
                 let programs = programs::measure(self)?;
                 println!("\n{}", table::programs(&programs));
                 report.programs = Some(programs);
+            }
+            Part::Stores => {
+                report.stores = stores::measure(self)?;
+                println!("\n{}", table::stores(&report.stores));
             }
         }
         Ok(())

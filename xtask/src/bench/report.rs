@@ -13,6 +13,7 @@ use super::{
     peers::Peers,
     programs::Programs,
     start::Started,
+    stores::{self, Stores},
     traffic::{Measured, Mode, Row},
     variants::{HOST_GW, PROXY, VXLAN},
 };
@@ -24,6 +25,7 @@ pub(super) struct Report {
     pub(super) started: Option<Started>,
     pub(super) peers: Vec<Peers>,
     pub(super) programs: Option<Programs>,
+    pub(super) stores: Vec<Stores>,
     pub(super) broken: Vec<Broken>,
 }
 
@@ -63,6 +65,13 @@ impl Report {
                 "reused_lease": summary(started.reused),
             })),
             "peers": peers,
+            "stores": self.stores.iter().map(|store| json!({
+                "store": store.store,
+                "leases": stores::LEASES,
+                "start_to_ready_ms": summary(store.start),
+                "change_at_every_agent_ms": summary(store.change),
+                "store_gone_percent_of_a_core": store.alone,
+            })).collect::<Vec<_>>(),
             "programs_ns": self.programs.as_ref().map(programs),
             "below_the_floor": self.broken.iter().map(ToString::to_string).collect::<Vec<_>>(),
         })

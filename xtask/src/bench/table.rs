@@ -7,6 +7,7 @@ use super::{
     peers::Peers,
     programs::Programs,
     start::Started,
+    stores::Stores,
     traffic::{Measured, Row},
     variants::{HOST_GW, VXLAN},
 };
@@ -61,6 +62,21 @@ pub(super) fn start(started: &Started) -> Table {
     let mut table = new(&["start to ready", "ms"]);
     table.add_row(["fresh lease".to_owned(), range(started.fresh)]);
     table.add_row(["reused lease".to_owned(), range(started.reused)]);
+    table
+}
+
+/// A thousand leases.
+pub(super) fn stores(rows: &[Stores]) -> Table {
+    let mut table =
+        new(&["store", "start to ready, ms", "a change at every agent, ms", "store gone, % of a core"]);
+    for row in rows {
+        table.add_row([
+            row.store.to_owned(),
+            range(row.start),
+            range(row.change),
+            format!("{:.2}", row.alone),
+        ]);
+    }
     table
 }
 
