@@ -21,11 +21,11 @@ fn main() -> ExitCode {
         Parsed::Command(Command::Status(command)) => on_runtime(commands::status::run(&command)),
         Parsed::Command(Command::Top(command)) => on_runtime(commands::top::run(&command)),
         Parsed::Command(Command::Cleanup(command)) => on_runtime(commands::cleanup::run(&command)),
+        Parsed::Command(Command::Reservations(command)) => on_runtime(commands::reservations::run(&command)),
+        Parsed::Command(Command::Migrate(command)) => on_runtime(commands::migrate::run(&command)),
         Parsed::Daemon(settings) => {
             memory::give_back_what_is_freed();
             log_to_stderr(&settings);
-            // One provider for the whole process; a second call would only say that it is there.
-            let _ = rustls::crypto::ring::default_provider().install_default();
             on_runtime(commands::daemon::run(*settings))
         }
     }
@@ -46,6 +46,8 @@ fn log_to_stderr(settings: &Settings) {
 }
 
 fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
+    // One provider for the whole process; a second call would only say that it is there.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime.block_on(work),
         Err(error) => {

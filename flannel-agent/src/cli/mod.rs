@@ -10,6 +10,7 @@
 mod flags;
 mod go;
 mod kube;
+mod leases;
 mod server;
 mod settings;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
 pub use self::kube::KubeSettings;
 use self::kube::PodVariables;
+pub use self::leases::{MigrateCommand, Place, ReservationsAction, ReservationsCommand};
 pub use self::server::{EmbeddedSettings, NetworksSettings, RemoteSettings, ServeSettings};
 use self::settings::Origins;
 pub use self::settings::{
@@ -72,10 +74,12 @@ pub enum Command {
     Status(StatusCommand),
     Top(TopCommand),
     Cleanup(CleanupCommand),
+    Reservations(ReservationsCommand),
+    Migrate(MigrateCommand),
 }
 
 /// First words that are subcommands.
-const SUBCOMMANDS: [&str; 5] = ["status", "top", "cleanup", "version", "help"];
+const SUBCOMMANDS: [&str; 7] = ["status", "top", "cleanup", "reservations", "migrate", "version", "help"];
 
 /// What the running agent is doing
 ///
@@ -162,13 +166,14 @@ pub fn parse(
             return usage_error(&program, &format!("argument {word} is not text in UTF-8"));
         }
     };
+    let env: Vec<_> = env.into_iter().collect();
+    let env = Environment { pod: PodVariables::of(&env), own: environment(env) };
     if program != DAEMON_NAME
-        && let Some(parsed) = subcommand(&program, &words)
+        && let Some(parsed) = subcommand(&program, &words, &env)
     {
         return parsed;
     }
-    let env: Vec<_> = env.into_iter().collect();
-    daemon(&program, &words, &Environment { pod: PodVariables::of(&env), own: environment(env) })
+    daemon(&program, &words, &env)
 }
 
 /// The variables that are looked at.
@@ -195,11 +200,19 @@ fn environment(env: impl IntoIterator<Item = (OsString, OsString)>) -> BTreeMap<
 }
 
 /// `None` when the words are the daemon's.
-fn subcommand(program: &str, words: &[String]) -> Option<Parsed> {
+fn subcommand(program: &str, words: &[String], env: &Environment) -> Option<Parsed> {
     let print = |text: String| Parsed::PrintAndExit { text, stream: Stream::Stdout, code: 0 };
     match words.first()?.as_str() {
         "version" if words.len() == 1 => Some(print(format!("flannel-agent {VERSION}\n"))),
         "help" if words.len() == 1 => Some(print(help(program))),
+        "reservations" => Some(leases::reservations(words.get(1..).unwrap_or_default(), env)),
+        "migrate" => Some(leases::migrate(words.get(1..).unwrap_or_default(), env)),
+        "help" if words.len() == 2 && words.last().is_some_and(|word| word == "reservations") => {
+            Some(leases::reservations(&[], env))
+        }
+        "help" if words.len() == 2 && words.last().is_some_and(|word| word == "migrate") => {
+            Some(leases::migrate(&[], env))
+        }
         // `help status` is `status --help`.
         word if SUBCOMMANDS.contains(&word) => {
             let all = std::iter::once(program).chain(words.iter().map(String::as_str));
@@ -410,6 +423,8 @@ fn help(program: &str) -> String {
              {program} status [--json] [--socket PATH]   what the running agent is doing\n  \
              {program} top [--interval SECONDS]          the traffic with each peer, again and again\n  \
              {program} cleanup [--dry-run]               remove what the agent put on this host\n  \
+             {program} reservations list|add|remove      subnets that nodes have for good\n  \
+             {program} migrate --from=… --to=…           move leases to another store\n  \
              {program} version                           print the version\n  \
              {program} help [COMMAND]                    this text, or a command's\n"
         )

@@ -3,9 +3,11 @@
 mod claims;
 pub mod cleanup;
 pub mod daemon;
+pub mod migrate;
 mod network;
 mod networks;
 mod open;
+pub mod reservations;
 mod serve;
 mod sight;
 pub mod status;

@@ -1,6 +1,6 @@
 //! From settings to stores: the one match over kinds of stores.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cli::{ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
@@ -8,7 +8,7 @@ use crate::stores::embedded::{Embedded, EmbeddedError};
 use crate::stores::etcd::{self, EtcdOptions, EtcdOptionsError};
 use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
 use crate::stores::remote::{RemoteNetworks, RemoteOptions, RemoteOptionsError};
-use crate::stores::{LeaseStore, NetworkStores};
+use crate::stores::{LeaseStore, NetworkStores, RegistryNetworks};
 
 /// Why a store can't be opened: settings that can't be right, or a file that can't be used. Servers may be down.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +23,8 @@ pub enum OpenError {
     Embedded(#[from] EmbeddedError),
     #[error("Kubernetes keeps the leases of one network: leave out what names others")]
     OneNetworkOnly,
+    #[error("the flags name another store than etcd: leave out -remote, -listen and -kube-subnet-mgr")]
+    NotEtcd,
 }
 
 /// The leases of the network without a name.
@@ -41,6 +43,19 @@ pub(super) fn networks(settings: &StoreSettings) -> Result<Arc<dyn NetworkStores
         StoreSettings::Embedded(embedded) => Arc::new(Embedded::open(&embedded.path)?.networks()),
         StoreSettings::Kube(_) => return Err(OpenError::OneNetworkOnly),
     })
+}
+
+/// etcd, where the flags are about it.
+pub(super) fn etcd(settings: &StoreSettings) -> Result<RegistryNetworks, OpenError> {
+    match settings {
+        StoreSettings::Etcd(etcd) => Ok(etcd::open(&etcd_options(etcd))?),
+        _ => Err(OpenError::NotEtcd),
+    }
+}
+
+/// The file of a server that does not run.
+pub(super) fn embedded(path: &Path) -> Result<RegistryNetworks, OpenError> {
+    Ok(Embedded::open(path)?.networks())
 }
 
 fn kube_options(settings: &KubeSettings) -> KubeOptions {

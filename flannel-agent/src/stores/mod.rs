@@ -23,7 +23,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
-pub use self::registry::RegistryNetworks;
+pub use self::registry::{Content, Received, RegistryNetworks};
 use crate::domain::allocator::{self, NoSubnet, Previous, Wish};
 use crate::domain::config::NetworkConfig;
 use crate::domain::interface::PublicAddresses;

@@ -190,6 +190,8 @@ fn main() -> ExitCode {
         server::a_file_has_one_server_at_a_time
         server::no_lease_ends_right_after_a_start
         server::a_socket_of_systemd_is_taken_over
+        server::leases_move_between_a_file_and_etcd
+        server::reservations_are_kept_by_a_command
         transcript::a_recorded_client_hears_what_it_heard_from_flanneld
         transcript::a_recorded_client_of_several_networks_hears_what_it_heard_from_flanneld
     ));

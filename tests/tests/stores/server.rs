@@ -454,3 +454,77 @@ pub(crate) async fn a_socket_of_systemd_is_taken_over() -> Result<()> {
     ensure!(config?.contains("10.5.0.0/16"));
     Ok(())
 }
+
+fn agent(arguments: &[&str]) -> Result<(Option<i32>, String, String)> {
+    let output = Command::new(flannel_tests::agent_binary()?).args(arguments).output()?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))
+}
+
+/// Leases of a server's file move to etcd and back, with what they have left, and nothing is overwritten.
+pub(crate) async fn leases_move_between_a_file_and_etcd() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let path = files.path().join("leases.redb");
+    let store = Embedded::open(&path)?;
+    store.configure(None, Some(CONFIG)).await?;
+    store.configure(Some(&"blue".parse()?), Some(r#"{"Network":"10.6.0.0/16"}"#)).await?;
+    let lease = r#"{"PublicIP":"192.0.2.7","Zone":"a"}"#;
+    store.put("subnets/10.5.7.0-24", lease.as_bytes(), Some(Duration::from_secs(3600))).await?;
+    store.put("blue/subnets/10.6.8.0-24", lease.as_bytes(), None).await?;
+    drop(store);
+    let etcd = tokio::task::spawn_blocking(flannel_tests::etcd::Etcd::start).await??;
+    let (from, endpoint) = (format!("embedded:{}", path.display()), etcd.endpoint());
+    let mut words = vec!["migrate", "--from", &from, "--to=etcd", "--etcd-endpoints", &endpoint];
+    // The file is free when the task that ends leases has noticed.
+    drop(reopen(&path).await?);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+
+    words.push("--dry-run");
+    let (code, said, errors) = agent(&words)?;
+    ensure!(
+        code == Some(0) && said.contains("4 to be moved, 0 there already, 0 in conflict"),
+        "{said}{errors}"
+    );
+    words.pop();
+    let (code, said, errors) = agent(&words)?;
+    ensure!(code == Some(0) && said.contains("4 moved, 0 there already, 0 in conflict"), "{said}{errors}");
+    let moved = flannel_agent::stores::etcd::open(&flannel_agent::stores::etcd::EtcdOptions {
+        endpoints: vec![endpoint.clone()],
+        ..Default::default()
+    })?;
+    let contents = moved.contents().await?;
+    let find = |key: &str| contents.iter().find(|content| content.key == key).context("it was moved");
+    let seven = find("subnets/10.5.7.0-24")?;
+    let left = seven.left.context("an end")?.as_secs();
+    ensure!(seven.value == lease && (3500..=3600).contains(&left), "{seven}");
+    ensure!(find("blue/subnets/10.6.8.0-24")?.left.is_none(), "a reservation stays one");
+    ensure!(find("blue/config")?.value.contains("10.6.0.0/16") && find("config")?.left.is_none());
+
+    // Again: nothing to do. Somebody else's lease is named and stays.
+    let (code, said, _) = agent(&words)?;
+    ensure!(code == Some(0) && said.contains("0 moved, 4 there already"), "{said}");
+    etcd.ctl(&["put", "/coreos.com/network/subnets/10.5.7.0-24", r#"{"PublicIP":"192.0.2.9"}"#])?;
+    let (code, _, errors) = agent(&words)?;
+    ensure!(code == Some(1) && errors.contains("10.5.7.0-24") && errors.contains("192.0.2.9"), "{errors}");
+    Ok(())
+}
+
+pub(crate) async fn reservations_are_kept_by_a_command() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let process = Process::start(&files).await?;
+    let remote = format!("--remote={}", process.address);
+    let (code, said, errors) = agent(&["reservations", "add", "10.5.9.0/24", "192.0.2.9", &remote])?;
+    ensure!(code == Some(0) && said == "10.5.9.0/24 is reserved for 192.0.2.9\n", "{said}{errors}");
+    let lease = node(&[process.address])?.acquire(&asking("192.0.2.9")).await?;
+    assert_eq!((lease.subnets, lease.expires), (subnets("10.5.9.0-24"), None));
+    let (_, said, _) = agent(&["reservations", "list", "--json", &remote])?;
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    assert_eq!(said, serde_json::json!([{"subnet": "10.5.9.0/24", "public_ip": "192.0.2.9"}]));
+    let (code, _, errors) = agent(&["reservations", "add", "10.5.9.0/24", "192.0.2.8", &remote])?;
+    ensure!(code == Some(1) && errors.contains("is leased by 192.0.2.9 already"), "{errors}");
+    let (code, said, errors) = agent(&["reservations", "remove", "10.5.9.0/24", &remote])?;
+    ensure!(code == Some(0) && said.contains("a lease like any other"), "{said}{errors}");
+    let (_, said, _) = agent(&["reservations", "list", &remote])?;
+    ensure!(said == "no subnet is reserved\n", "{said}");
+    Ok(())
+}

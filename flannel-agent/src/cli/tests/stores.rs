@@ -1,6 +1,7 @@
 //! Where leases come from, and where they are served.
 
 use super::*;
+use crate::domain::lease::Reservation;
 
 #[test]
 fn kubernetes_takes_its_flags_and_the_pods_variables() {
@@ -150,4 +151,60 @@ fn several_networks_are_named_or_followed() {
             "-subnet-dir has no effect without -networks or -watch-networks"
         ]
     );
+}
+
+#[test]
+fn reservations_take_the_daemons_flags_about_the_store() {
+    let command = |text: &str| match line(text) {
+        Parsed::Command(Command::Reservations(command)) => command,
+        other => panic!("{text}: {other:?}"),
+    };
+    let add = command(
+        "FLANNELD_ETCD_PASSWORD=p flannel-agent reservations add 10.1.2.0/24 192.0.2.1 --network blue -etcd-username=u",
+    );
+    let reservation =
+        Reservation { subnets: "10.1.2.0-24".parse().unwrap(), public_ip: "192.0.2.1".parse().unwrap() };
+    assert_eq!(add.action, ReservationsAction::Add(reservation));
+    assert_eq!(add.network, "blue".parse().ok());
+    let StoreSettings::Etcd(etcd) = *add.store else { panic!() };
+    assert_eq!(etcd.login.unwrap().password.expose(), "p");
+    let list = command("flannel-agent reservations list --remote=a:1 --json");
+    assert_eq!(list.action, ReservationsAction::List { json: true });
+    assert!(matches!(*list.store, StoreSettings::Remote(_)));
+    let remove = command("flannel-agent reservations remove 10.1.2.0-24&fd00::-64");
+    assert_eq!(remove.action, ReservationsAction::Remove("10.1.2.0-24&fd00::-64".parse().unwrap()));
+    refused(&[
+        ("flannel-agent reservations show", "\"show\" is none of list, add and remove"),
+        ("flannel-agent reservations add 10.1.2.0/24", "PUBLIC_IP is missing"),
+        (
+            "flannel-agent reservations add 10.1.2.0/24 here",
+            "PUBLIC_IP \"here\" is no IPv4 address, such as 192.0.2.1",
+        ),
+        (
+            "flannel-agent reservations list --network=../x",
+            "--network: network name \"../x\" begins with a dot; a name is such as blue",
+        ),
+        ("flannel-agent reservations list -no-such", "flag provided but not defined: -no-such"),
+    ]);
+}
+
+#[test]
+fn migrate_wants_two_places() {
+    let Parsed::Command(Command::Migrate(command)) =
+        line("flannel-agent migrate --from=embedded:/f --to etcd --dry-run -etcd-prefix=/x")
+    else {
+        panic!()
+    };
+    assert_eq!((command.from, command.to), (Place::Embedded("/f".into()), Place::Etcd));
+    assert!(command.dry_run);
+    let StoreSettings::Etcd(etcd) = *command.store else { panic!() };
+    assert_eq!(etcd.prefix, "/x");
+    refused(&[
+        ("flannel-agent migrate --from=etcd", "--to is missing: etcd, or embedded:FILE"),
+        ("flannel-agent migrate --from=etcd --to=etcd", "--from and --to are the same"),
+        (
+            "flannel-agent migrate --from=etcd --to=redis",
+            "--to is \"redis\": must be etcd, or embedded:/path/of/a/file",
+        ),
+    ]);
 }

@@ -8,6 +8,7 @@
 
 mod leases;
 mod networks;
+mod transfer;
 mod watch;
 
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use futures_util::stream::BoxStream;
 
 pub(super) use self::leases::RegistryStore;
 pub use self::networks::RegistryNetworks;
+pub use self::transfer::{Content, Received};
 
 /// The calls every such store offers. Keys are whole keys.
 #[async_trait]

@@ -17,8 +17,8 @@ use crate::stores::{LeaseStore, NetworkEvent, NetworkStores};
 /// All networks below a prefix.
 #[derive(Clone)]
 pub struct RegistryNetworks {
-    registry: Arc<dyn Registry>,
-    prefix: String,
+    pub(super) registry: Arc<dyn Registry>,
+    pub(super) prefix: String,
     resync: Duration,
 }
 

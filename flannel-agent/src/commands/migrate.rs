@@ -1,0 +1,53 @@
+//! `flannel-agent migrate`: configurations and leases of all networks from one store into another.
+
+use std::process::ExitCode;
+
+use super::open;
+use crate::cli::{MigrateCommand, Place};
+use crate::stores::{Received, RegistryNetworks};
+
+/// Exit code 0 when everything is there, 1 when something is not.
+pub async fn run(command: &MigrateCommand) -> ExitCode {
+    match perform(command).await {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(text) => {
+            eprintln!("flannel-agent migrate: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// How many entries were not moved because something else is there.
+async fn perform(command: &MigrateCommand) -> Result<u32, String> {
+    let (from, to) = (place(command, &command.from)?, place(command, &command.to)?);
+    let contents = from.contents().await.map_err(|error| error.to_string())?;
+    let (mut new, mut same, mut other) = (0_u32, 0_u32, 0_u32);
+    // Configurations last: a node that asks the new store meanwhile finds no network yet, and not one without leases.
+    let (configs, leases): (Vec<_>, Vec<_>) =
+        contents.into_iter().partition(|content| content.key == "config" || content.key.ends_with("/config"));
+    for content in leases.iter().chain(&configs) {
+        let received = if command.dry_run { to.compare(content).await } else { to.receive(content).await };
+        match received.map_err(|error| error.to_string())? {
+            Received::New => {
+                new += 1;
+                println!("{} {content}", if command.dry_run { "would move" } else { "moved" });
+            }
+            Received::Same => same += 1,
+            Received::Other(value) => {
+                other += 1;
+                eprintln!("not moved: {content}: there it is {value}");
+            }
+        }
+    }
+    let doing = if command.dry_run { "to be moved" } else { "moved" };
+    println!("{new} {doing}, {same} there already, {other} in conflict");
+    Ok(other)
+}
+
+fn place(command: &MigrateCommand, place: &Place) -> Result<RegistryNetworks, String> {
+    match place {
+        Place::Etcd => open::etcd(&command.store).map_err(|error| error.to_string()),
+        Place::Embedded(path) => open::embedded(path).map_err(|error| error.to_string()),
+    }
+}
