@@ -197,6 +197,27 @@ impl ApiServer {
         Ok(path)
     }
 
+    /// An object.
+    ///
+    /// # Errors
+    /// There is none, or the server is away.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let answer = self.request(ADMIN, "GET", path, None)?;
+        ensure!(answer.status == 200, "GET {path}: {} {}", answer.status, answer.body["message"]);
+        Ok(answer.body)
+    }
+
+    /// Deletes an object, and does not wait for what hangs on it: no controller would end it.
+    ///
+    /// # Errors
+    /// There is none, or the server is away.
+    pub fn delete(&self, path: &str) -> Result<()> {
+        let body = r#"{"apiVersion":"v1","kind":"DeleteOptions","propagationPolicy":"Background"}"#;
+        let answer = self.request(ADMIN, "DELETE", path, Some(("application/json", body)))?;
+        ensure!(answer.status == 200, "DELETE {path}: {} {}", answer.status, answer.body["message"]);
+        Ok(())
+    }
+
     /// Applies every object of a manifest (YAML documents), as `kubectl create` would; objects that are there stay.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! crates.io, built once per machine against the toolchain's own LLVM and kept in the user's cache folder. Where
 //! everything is there, this takes a few milliseconds and says nothing but that.
 
+pub(crate) mod helm;
 pub(crate) mod kube;
 
 use std::{
@@ -92,6 +93,7 @@ pub(crate) fn run_with(arguments: &Arguments) -> Result<()> {
     run()?;
     if arguments.kube {
         kube::run()?;
+        helm::run()?;
     }
     Ok(())
 }

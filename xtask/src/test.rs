@@ -47,6 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run()?;
     if arguments.kube {
         setup::kube::run()?;
+        setup::helm::run()?;
     }
     build_ebpf::run()?;
     let features: &[&str] = if arguments.kube { &["--features", "flannel-tests/kube"] } else { &[] };

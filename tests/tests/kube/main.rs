@@ -3,6 +3,7 @@
 //! Each lab has an API server of its own, on the lab's etcd, because Nodes are the cluster's. There are no controllers
 //! and no kubelets: their part is played by the test.
 
+mod chart;
 mod faults;
 mod nodes;
 
@@ -26,6 +27,7 @@ const PREFIX: &str = "flannel.alpha.coreos.com";
 fn main() -> ExitCode {
     let mut trials = nodes::trials();
     trials.extend(faults::trials());
+    trials.extend(chart::trials());
     run(trials)
 }
 
