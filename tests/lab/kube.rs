@@ -138,6 +138,8 @@ impl ApiServer {
             .args(["--endpoint-reconciler-type", "none"])
             .args(["--service-account-issuer", "https://kubernetes.default.svc"])
             .args(["--service-account-key-file", &key, "--service-account-signing-key-file", &key])
+            // Two pod CIDRs per Node, as every later version has them.
+            .arg("--feature-gates=IPv6DualStack=true")
             // As in every cluster that runs network agents.
             .args(["--allow-privileged=true", "--disable-admission-plugins", "ServiceAccount"])
             .stdin(Stdio::null())

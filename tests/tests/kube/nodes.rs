@@ -18,6 +18,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         scenario("addresses_in_annotations_go_before_our_own", Lab::new("kube-addresses"), addresses),
         scenario("nodes_come_and_go_move_and_are_none_of_ours", Lab::new("kube-others").hosts(1), others),
+        scenario("both_families_of_pod_cidrs_are_leased_and_routed", Lab::new("kube-dual"), both_families),
         scenario("a_pod_finds_its_node_by_its_own_name", Lab::new("kube-pod").hosts(1), by_pod),
     ]
 }
@@ -60,6 +61,52 @@ fn as_recorded(lab: &mut Lab) -> Result<()> {
     cluster.api.wait_node("h1", "to say again that its network works", |node| {
         network_unavailable(node) == network_unavailable(&wanted)
     })?;
+    Ok(())
+}
+
+fn both_families(lab: &mut Lab) -> Result<()> {
+    let cluster = Cluster::start(lab)?;
+    fs::write(
+        &cluster.net_config,
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:244::/48","Backend":{"Type":"host-gw"}}"#,
+    )?;
+    for (number, host) in (1..).zip(lab.hosts()) {
+        cluster.api.create_node(
+            &format!("h{number}"),
+            &[&format!("10.244.{number}.0/24"), &format!("fd00:244:0:{number}::/64")],
+            Some(json!({"node.alpha.kubernetes.io/ttl": "0"})),
+        )?;
+        for device in ["all", "eth0", "lo"] {
+            host.netns().sysctl(&format!("net.ipv6.conf.{device}.disable_ipv6"), "0")?;
+        }
+        host.netns().sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        host.netns().ip(&format!("addr add fd99::1{number}/64 dev eth0 nodad"))?;
+        host.netns().ip(&format!("addr add fd00:244:0:{number}::1/128 dev lo"))?;
+    }
+    for index in 0..2 {
+        let options = cluster.options(lab.host(index))?.flag("--iface=eth0");
+        lab.host_mut(index).start_agent(&options)?;
+    }
+    lab.wait_connected()?;
+    let node = cluster.api.node("h1")?;
+    ensure!(annotation(&node, "public-ip") == Some("10.99.0.11"), "{node:#}");
+    ensure!(annotation(&node, "public-ipv6") == Some("fd99::11"), "{node:#}");
+    ensure!(annotation(&node, "backend-type") == Some("host-gw"), "{node:#}");
+    let host = lab.host(0);
+    let limit = Duration::from_secs(10);
+    host.wait_output("ip route", "10.244.2.0/24 via 10.99.0.12", limit)?;
+    host.wait_output("ip -6 route", "fd00:244:0:2::/64 via fd99::12", limit)?;
+    host.netns().output("ping -6 -c 5 -i 0.05 -W 1 fd00:244:0:2::1")?;
+    let env = fs::read_to_string(host.files().subnet_env())?;
+    ensure!(
+        env.contains("FLANNEL_IPV6_NETWORK=fd00:244::/48\nFLANNEL_IPV6_SUBNET=fd00:244:0:1::1/64\n"),
+        "{env}"
+    );
+    // A peer that goes takes both of its routes.
+    cluster.api.delete_node("h2")?;
+    host.agent()?.wait_status("no peers", |status| status.peers.is_empty())?;
+    let left = host.netns().output("ip -6 route")? + &host.netns().output("ip route")?;
+    ensure!(!left.contains("fd99::12") && !left.contains("10.99.0.12"), "{left}");
     Ok(())
 }
 
