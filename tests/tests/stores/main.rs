@@ -193,6 +193,7 @@ fn main() -> ExitCode {
         server::leases_move_between_a_file_and_etcd
         server::reservations_are_kept_by_a_command
         transcript::a_recorded_client_hears_what_it_heard_from_flanneld
+        transcript::our_client_understands_flannelds_server
         transcript::a_recorded_client_of_several_networks_hears_what_it_heard_from_flanneld
     ));
     let conclusion = libtest_mimic::run(&arguments, trials);

@@ -4,17 +4,24 @@
 //! comes back must be the recorded answer but for these and for times. What other nodes and operators did meanwhile is
 //! read from the answers that tell of it, and done.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
+use flannel_agent::domain::config::SubnetRange;
+use flannel_agent::domain::lease::{LeaseAttrs, LeaseEvent};
 use flannel_agent::server::{self, ListenAddress, Listener};
 use flannel_agent::stores::embedded::Embedded;
+use flannel_agent::stores::remote::{RemoteNetworks, RemoteOptions};
+use flannel_agent::stores::{LeaseRequest, NetworkStores};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+
+use crate::ground::{network, next, subnets};
 
 /// One message of a recording.
 struct Message {
@@ -202,7 +209,7 @@ async fn replay(folder: &str, client: &str, networks: &[(Option<&str>, &str)]) -
     let address = listener.address()?.to_string();
     let stop = CancellationToken::new();
     let _stop = stop.clone().drop_guard();
-    tokio::spawn(server::serve(listener, std::sync::Arc::new(store.networks()), stop));
+    tokio::spawn(server::serve(listener, Arc::new(store.networks()), stop));
 
     let mut stage = Stage { address, store, ours: Ours::default(), client: client.to_owned() };
     let mut connections: HashMap<u32, (TcpStream, String)> = HashMap::new();
@@ -250,4 +257,112 @@ pub(crate) async fn a_recorded_client_of_several_networks_hears_what_it_heard_fr
     let blue = r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":1}}"#;
     let green = r#"{"Network":"10.2.0.0/16","Backend":{"Type":"host-gw"}}"#;
     replay("client-server-multi", "10.96.0.12", &[(Some("blue"), blue), (Some("green"), green)]).await
+}
+
+/// Requests of a recording by method and path, each with the answers it got, in order.
+fn answers(recording: &str) -> Result<HashMap<String, VecDeque<String>>> {
+    let mut waiting: HashMap<u32, String> = HashMap::new();
+    let mut answers: HashMap<String, VecDeque<String>> = HashMap::new();
+    for message in messages(recording)? {
+        if message.from_client {
+            let line = message.text.lines().next().context("a request line")?;
+            waiting.insert(message.connection, line.trim_end_matches(" HTTP/1.1").to_owned());
+        } else if let Some(request) = waiting.remove(&message.connection) {
+            answers.entry(request).or_default().push_back(message.text.trim_end().to_owned());
+        }
+    }
+    Ok(answers)
+}
+
+/// Our client at the recorded server, which is silent where nothing happens, whatever a client would like.
+pub(crate) async fn our_client_understands_flannelds_server() -> Result<()> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/v0.7.0/client-server");
+    let recording = std::fs::read_to_string(fixtures.join("h2-http.txt"))?;
+    let said = Arc::new(Mutex::new(answers(&recording)?));
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let servers = vec![listener.local_addr()?.to_string()];
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let said = said.clone();
+            tokio::spawn(async move {
+                while let Ok(Some(request)) = read_request(&mut stream).await {
+                    let answer = {
+                        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+                        said.get_mut(&request).and_then(VecDeque::pop_front)
+                    };
+                    let Some(answer) = answer else {
+                        std::future::pending::<()>().await;
+                        return;
+                    };
+                    // The newline that Go's encoder puts behind it is counted in the recorded length.
+                    if stream.write_all(format!("{answer}\n").as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let store = RemoteNetworks::open(&RemoteOptions { servers, ..RemoteOptions::default() })?.network(None);
+    let text = store.network_config().await?;
+    ensure!(text.contains(r#""Network":"10.244.0.0/16""#), "{text}");
+    let mut config = network("10.244.255.0");
+    config.v4 = config.v4.map(|range| SubnetRange { network: "10.244.0.0/16".parse().unwrap(), ..range });
+    let attrs = LeaseAttrs::from_json(
+        r#"{"PublicIP":"10.97.0.12","BackendType":"vxlan","BackendData":{"VtepMAC":"fa:d7:19:f1:9c:34"}}"#,
+    )?;
+    let request = LeaseRequest { config, attrs, previous: None, previous_only: false };
+    let lease = store.acquire(&request).await?;
+    ensure!(lease.subnets == subnets("10.244.5.0-24"), "{lease:?}");
+    let left = lease.expires.context("an end")?.duration_since(std::time::Instant::now()).as_secs();
+    ensure!((86390..=86400).contains(&left), "{left} s, by the server's clock and not by ours");
+
+    let mut events = store.watch();
+    let mut heard = Vec::new();
+    while heard.len() < 6 {
+        heard.push(match next(&mut events).await? {
+            LeaseEvent::Snapshot(leases, _) => {
+                let all: Vec<_> = leases.iter().map(|lease| lease.subnets.to_string()).collect();
+                format!("all: {}", all.join(" "))
+            }
+            LeaseEvent::Added(lease) => format!("added {} of {}", lease.subnets, lease.attrs.public_ip),
+            LeaseEvent::Removed(subnets) => format!("removed {subnets}"),
+            other => bail!("{other:?}"),
+        });
+    }
+    assert_eq!(
+        heard,
+        [
+            "all: 10.244.5.0-24",
+            "added 10.244.3.0-24 of 10.97.0.13",
+            "added 10.244.66.0-24 of 10.97.0.14",
+            "added 10.244.5.0-24 of 10.97.0.12",
+            "removed 10.244.66.0-24",
+            "added 10.244.89.0-24 of 10.97.0.14",
+        ]
+    );
+    let renewed = store.renew(&lease).await?;
+    ensure!(renewed.subnets == lease.subnets, "{renewed:?}");
+    Ok(())
+}
+
+/// Method and path of the next request; `None` when the client hangs up.
+async fn read_request(stream: &mut TcpStream) -> Result<Option<String>> {
+    let mut bytes = Vec::new();
+    loop {
+        let text = String::from_utf8_lossy(&bytes);
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let length = head
+                .lines()
+                .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
+            if body.len() >= length.unwrap_or(0) {
+                let line = head.lines().next().context("a request line")?;
+                return Ok(Some(line.trim_end_matches(" HTTP/1.1").to_owned()));
+            }
+        }
+        let mut chunk = [0; 4096];
+        match stream.read(&mut chunk).await? {
+            0 => return Ok(None),
+            count => bytes.extend_from_slice(&chunk[..count]),
+        }
+    }
 }

@@ -4,6 +4,7 @@ mod config_files;
 
 use std::sync::Arc;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio_util::sync::CancellationToken;
 
 use super::open::{self, OpenError};
@@ -36,6 +37,7 @@ pub(super) async fn run(
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
     health.wait(PART, "the server does not listen yet");
+    allow_many_connections();
     let address = ListenAddress::parse(&settings.listen)?;
     let tls = settings.identity.as_ref().map(|identity| ServerTlsFiles {
         cert_file: identity.cert_file.clone(),
@@ -60,6 +62,16 @@ pub(super) async fn run(
     server::serve(listener, networks, stop).await;
     heart.abort();
     Ok(())
+}
+
+/// The usual limit of 1024 open files is that of programs that use select(2); a thousand nodes have three connections
+/// each. What the administrator set as the most stays.
+fn allow_many_connections() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!("the limit of open files can't be raised, and with it that of clients: {error}");
+    }
 }
 
 /// A server that hangs as a whole stops this too.
