@@ -23,7 +23,6 @@ use serde::Deserialize;
 use crate::namespace::Namespace;
 
 const HEALTH_PORT: u16 = 10256;
-const READY_LIMIT: Duration = Duration::from_secs(30);
 
 /// How an agent is started, apart from what the lab sets by itself (etcd, files, sockets, bpffs).
 #[derive(Clone, Debug)]
@@ -159,7 +158,7 @@ impl Agent {
     /// # Errors
     /// It ends, or is not ready in time: with the last answer and the end of the log.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let started = Instant::now();
+        let (started, limit) = (Instant::now(), crate::patience());
         loop {
             let answer = self.readyz();
             if let Ok((200, _)) = answer {
@@ -173,8 +172,8 @@ impl Agent {
                 );
             }
             ensure!(
-                started.elapsed() < READY_LIMIT,
-                "the agent on {} is not ready after {READY_LIMIT:?}; /readyz: {answer:?}\n{}",
+                started.elapsed() < limit,
+                "the agent on {} is not ready after {limit:?}; /readyz: {answer:?}\n{}",
                 self.namespace.name(),
                 crate::tail(&self.files.log())
             );
@@ -187,14 +186,14 @@ impl Agent {
     /// # Errors
     /// Not in time: with the last answer and the end of the log.
     pub fn wait_not_ready(&self, reason: &str) -> Result<()> {
-        let started = Instant::now();
+        let (started, limit) = (Instant::now(), crate::patience());
         loop {
             let answer = self.readyz();
             if answer.as_ref().is_ok_and(|(code, body)| *code == 503 && body.contains(reason)) {
                 return Ok(());
             }
             ensure!(
-                started.elapsed() < READY_LIMIT,
+                started.elapsed() < limit,
                 "{}: /readyz does not say `{reason}` but {answer:?}\n{}",
                 self.namespace.name(),
                 crate::tail(&self.files.log())
@@ -253,7 +252,7 @@ impl Agent {
     /// # Errors
     /// Not in time: with `wanted`, the last status and the end of the log.
     pub fn wait_status(&self, wanted: &str, fits: impl Fn(&Status) -> bool) -> Result<Status> {
-        let started = Instant::now();
+        let (started, limit) = (Instant::now(), crate::patience());
         loop {
             let status = self.status();
             if let Ok(status) = &status
@@ -262,8 +261,8 @@ impl Agent {
                 return Ok(status.clone());
             }
             ensure!(
-                started.elapsed() < READY_LIMIT,
-                "{}: waited {READY_LIMIT:?} for {wanted}; last status: {status:?}\n{}",
+                started.elapsed() < limit,
+                "{}: waited {limit:?} for {wanted}; last status: {status:?}\n{}",
                 self.namespace.name(),
                 crate::tail(&self.files.log())
             );

@@ -26,7 +26,6 @@ use crate::namespace::Namespace;
 pub const PREFIX: &str = "/coreos.com/network";
 
 const CLIENT_PORT: u16 = 2379;
-const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// A running etcd; killed when dropped.
 #[derive(Debug)]
@@ -116,7 +115,7 @@ impl Datastore {
     }
 
     fn wait_until_it_answers(&mut self) -> Result<()> {
-        let started = Instant::now();
+        let (started, limit) = (Instant::now(), crate::patience());
         let address = SocketAddr::from((self.address, CLIENT_PORT));
         loop {
             if let Some(server) = &mut self.server
@@ -131,8 +130,8 @@ impl Datastore {
                 return Ok(());
             }
             ensure!(
-                started.elapsed() < START_LIMIT,
-                "etcd does not answer on {address} after {START_LIMIT:?}:\n{}",
+                started.elapsed() < limit,
+                "etcd does not answer on {address} after {limit:?}:\n{}",
                 crate::tail(&self.folder.join("etcd.log"))
             );
             std::thread::sleep(Duration::from_millis(50));

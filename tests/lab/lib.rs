@@ -19,6 +19,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -28,10 +29,12 @@ pub mod bpf;
 pub mod datastore;
 pub mod lease_server;
 pub mod namespace;
+pub mod pods;
 pub mod probe;
 pub mod proxy;
 pub mod readiness;
 pub mod reference;
+pub mod steady;
 pub mod topology;
 
 #[cfg(feature = "parts")]
@@ -62,6 +65,19 @@ pub fn agent_binary() -> Result<PathBuf> {
     } else {
         anyhow::bail!("{} does not exist; run `cargo build -p flannel-agent` first", binary.display())
     }
+}
+
+/// Set to a number: a machine that is so many times slower (an emulated one), where what is waited for may take longer.
+pub const SLOWER: &str = "FLANNEL_TESTS_SLOWER";
+
+/// How much slower this machine is than one that tests are written for.
+pub(crate) fn slower() -> u32 {
+    std::env::var(SLOWER).ok().and_then(|times| times.parse().ok()).unwrap_or(1_u32).clamp(1, 20)
+}
+
+/// How long something is waited for that takes a second or two.
+pub(crate) fn patience() -> Duration {
+    Duration::from_secs(30) * slower()
 }
 
 /// The last lines of a log file, for messages.

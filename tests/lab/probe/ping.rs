@@ -1,15 +1,17 @@
 //! `ping` from a namespace, and what it counted.
 
 use std::{
+    collections::BTreeSet,
     fmt,
-    io::Read as _,
+    io::{self, Read as _},
     net::Ipv4Addr,
     process::{Child, Stdio},
     sync::Arc,
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -78,7 +80,7 @@ impl Ping {
         self
     }
 
-    /// Sends them all and waits a second for the last answer.
+    /// Sends them all and waits a second for the last answer (longer where the machine is slow, [`crate::SLOWER`]).
     ///
     /// # Errors
     /// `ping` can't be started or prints no statistics. Lost pings are no error: see [`PingReport::lost`].
@@ -91,12 +93,18 @@ impl Ping {
     /// # Errors
     /// `ping` can't be started.
     pub fn start(&self) -> Result<RunningPing> {
-        // Quiet, it keeps even errors to itself; in long runs nobody would empty the pipe.
-        let quiet = if self.count > 100 { "-q" } else { "-n" };
-        let process = self
+        let mut process = self
             .from
             .command("ping")
-            .args(["-n", quiet, "-W", "1", "-c", &self.count.to_string(), "-s", &self.payload.to_string()])
+            .args([
+                "-n",
+                "-W",
+                &crate::slower().to_string(),
+                "-c",
+                &self.count.to_string(),
+                "-s",
+                &self.payload.to_string(),
+            ])
             .args(["-i", &format!("{:.3}", self.interval.as_secs_f64())])
             .args(["-M", if self.dont_fragment { "do" } else { "dont" }])
             .args(&self.options)
@@ -106,7 +114,16 @@ impl Ping {
             .stderr(Stdio::piped())
             .spawn()
             .context("start `ping` (Debian and Ubuntu: package iputils-ping)")?;
-        Ok(RunningPing { process })
+        // Long runs print more than a pipe holds.
+        let mut output = process.stdout.take().context("ping's output")?;
+        let mut errors = process.stderr.take().context("ping's errors")?;
+        let reader = thread::spawn(move || {
+            let (mut text, mut wrong) = (String::new(), String::new());
+            output.read_to_string(&mut text)?;
+            errors.read_to_string(&mut wrong)?;
+            Ok(text + &wrong)
+        });
+        Ok(RunningPing { process, reader: Some(reader), interval: self.interval })
     }
 }
 
@@ -114,6 +131,8 @@ impl Ping {
 #[derive(Debug)]
 pub struct RunningPing {
     process: Child,
+    reader: Option<JoinHandle<io::Result<String>>>,
+    interval: Duration,
 }
 
 impl RunningPing {
@@ -132,15 +151,10 @@ impl RunningPing {
     /// # Errors
     /// It prints no statistics.
     pub fn wait(mut self) -> Result<PingReport> {
-        let mut text = String::new();
-        if let Some(output) = &mut self.process.stdout {
-            output.read_to_string(&mut text).context("read ping's output")?;
-        }
-        if let Some(output) = &mut self.process.stderr {
-            output.read_to_string(&mut text).context("read ping's output")?;
-        }
         self.process.wait().context("wait for ping")?;
-        PingReport::parse(&text)
+        let reader = self.reader.take().context("ping's output was read already")?;
+        let text = reader.join().map_err(|_| anyhow!("the reader of ping's output panicked"))?;
+        PingReport::parse(&text.context("read ping's output")?, self.interval)
     }
 }
 
@@ -160,16 +174,24 @@ pub struct PingReport {
     pub received: u32,
     /// Average round trip; none without an answer.
     pub rtt: Option<Duration>,
-    /// All it printed.
+    /// Requests whose answer may still have been on its way when ping was interrupted: the last ones, as many as are sent
+    /// within the longest round trip, and one.
+    in_flight: u32,
+    /// Numbers of the requests without an answer, but for those.
+    missing: Vec<u32>,
+    /// All it printed but the answers.
     pub text: String,
 }
 
 impl PingReport {
-    fn parse(text: &str) -> Result<Self> {
-        let summary = text
+    fn parse(text: &str, interval: Duration) -> Result<Self> {
+        let is_answer = |line: &&str| line.contains("bytes from");
+        let (answers, rest): (Vec<&str>, Vec<&str>) = text.lines().partition(is_answer);
+        let rest = rest.join("\n");
+        let summary = rest
             .lines()
             .find(|line| line.contains("packets transmitted"))
-            .with_context(|| format!("ping printed no statistics:\n{text}"))?;
+            .with_context(|| format!("ping printed no statistics:\n{rest}"))?;
         let number = |word: &str| {
             summary
                 .split(',')
@@ -177,25 +199,98 @@ impl PingReport {
                 .and_then(|part| part.split_whitespace().next()?.parse::<u32>().ok())
                 .with_context(|| format!("ping's statistics have no `{word}`: {summary}"))
         };
-        let rtt = text
-            .lines()
-            .find_map(|line| line.strip_prefix("rtt min/avg/max/mdev = "))
-            .and_then(|values| values.split('/').nth(1)?.parse::<f64>().ok())
-            .map(|milliseconds| Duration::from_secs_f64(milliseconds / 1000.0));
-        let report =
-            Self { sent: number("transmitted")?, received: number("received")?, rtt, text: text.to_owned() };
-        ensure!(report.received <= report.sent, "more answers than requests:\n{text}");
-        Ok(report)
+        let round_trip = |index: usize| {
+            rest.lines()
+                .find_map(|line| line.strip_prefix("rtt min/avg/max/mdev = "))
+                .and_then(|values| values.split('/').nth(index)?.parse::<f64>().ok())
+                .map(|milliseconds| Duration::from_secs_f64(milliseconds / 1000.0))
+        };
+        let (sent, received) = (number("transmitted")?, number("received")?);
+        ensure!(received <= sent, "more answers than requests:\n{rest}");
+        let within = round_trip(2).unwrap_or_default().as_secs_f64() / interval.as_secs_f64().max(1e-3);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few, and positive")]
+        let unanswered_at_most = 1 + within as u32;
+
+        let mut missing = missing(&answers, sent);
+        let mut in_flight = 0;
+        while in_flight < unanswered_at_most && missing.last() == Some(&(sent - in_flight)) {
+            missing.pop();
+            in_flight += 1;
+        }
+        Ok(Self { sent, received, rtt: round_trip(1), in_flight, missing, text: rest })
     }
 
     /// Requests without an answer.
     pub fn lost(&self) -> u32 {
         self.sent - self.received
     }
+
+    /// Requests without an answer, of one that was interrupted: those that may still have been on their way don't count.
+    pub fn lost_on_the_way(&self) -> u32 {
+        self.lost().saturating_sub(self.in_flight)
+    }
+
+    /// Numbers of the requests that were [lost on the way](Self::lost_on_the_way).
+    pub fn missing(&self) -> &[u32] {
+        &self.missing
+    }
+}
+
+/// Requests without an answer, from 1. The number in an answer has 16 bits.
+fn missing(answers: &[&str], sent: u32) -> Vec<u32> {
+    let (mut seen, mut last) = (BTreeSet::new(), 1_i64);
+    for line in answers {
+        let number =
+            line.split_once("icmp_seq=").and_then(|(_, rest)| rest.split(' ').next()?.parse::<i64>().ok());
+        let Some(number) = number.filter(|_| !line.contains("DUP")) else { continue };
+        // The one nearest to the one before.
+        last += i64::from((number - last) as i16);
+        seen.insert(last);
+    }
+    (1..=sent).filter(|number| !seen.contains(&i64::from(*number))).collect()
 }
 
 impl fmt::Display for PingReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {} pings lost\n{}", self.lost(), self.sent, self.text.trim_end())
+        write!(f, "{} of {} pings lost", self.lost(), self.sent)?;
+        if !self.missing.is_empty() {
+            write!(f, ", numbers {:?}", &self.missing[..self.missing.len().min(12)])?;
+        }
+        write!(f, "\n{}", self.text.trim_end())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(answered: impl Iterator<Item = u32>, sent: u32) -> PingReport {
+        let mut received = 0;
+        let mut text: String = answered
+            .map(|n| {
+                received += 1;
+                format!("64 bytes from 10.0.0.1: icmp_seq={} ttl=62 time=0.2 ms\n", n & 0xffff)
+            })
+            .collect();
+        text += &format!(
+            "{sent} packets transmitted, {received} received, 0% packet loss, time 9ms\n\
+             rtt min/avg/max/mdev = 0.100/0.200/2.500/0.001 ms\n"
+        );
+        PingReport::parse(&text, Duration::from_millis(1)).unwrap()
+    }
+
+    #[test]
+    fn a_hole_is_a_loss_and_the_last_ones_may_be_on_their_way() {
+        let report = run((1..=98).filter(|n| *n != 7), 100);
+        assert_eq!((report.lost(), report.lost_on_the_way(), report.missing()), (3, 1, [7].as_slice()));
+        assert_eq!(run(1..=100, 100).lost_on_the_way(), 0);
+        // More than can be sent in the longest round trip.
+        assert_eq!(run(1..=90, 100).lost_on_the_way(), 7);
+    }
+
+    #[test]
+    fn numbers_begin_again_after_65535() {
+        let report = run((1..=140_000).filter(|n| *n != 70_000), 140_000);
+        assert_eq!((report.lost_on_the_way(), report.missing()), (1, [70_000].as_slice()));
     }
 }

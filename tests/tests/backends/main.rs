@@ -13,11 +13,10 @@ mod paths;
 mod services;
 mod shortcut;
 mod tiers;
-mod traffic;
 
 use std::process::ExitCode;
 
-use flannel_tests::scenario::run;
+use flannel_tests::{pods as traffic, scenario::run};
 
 /// The data paths of the udp backend, best first.
 const TIERS: [&str; 3] = ["xdp", "tc", "tun"];

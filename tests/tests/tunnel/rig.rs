@@ -389,14 +389,47 @@ impl Rig {
             }
             Ok(sent)
         });
-        Ok(Flood { end, sending, receiver })
+        // Read while it runs: a socket that nobody reads drops what no longer fits, and that would look like a loss.
+        receiver.set_read_timeout(Some(Duration::from_millis(500)))?;
+        let (total, told) = mpsc::channel::<u64>();
+        let receiving = thread::spawn(move || receive(&receiver, &told));
+        Ok(Flood { end, sending, total, receiving })
+    }
+}
+
+/// Which datagrams arrived, until all that were sent have, or none has for a while after that number is told.
+fn receive(receiver: &UdpSocket, told: &mpsc::Receiver<u64>) -> Result<Vec<bool>> {
+    let (mut seen, mut count, mut sent) = (Vec::new(), 0, None);
+    let mut buffer = [0; 16];
+    loop {
+        sent = sent.or_else(|| told.try_recv().ok());
+        if sent.is_some_and(|sent| count >= sent) {
+            return Ok(seen);
+        }
+        let length = match receiver.recv(&mut buffer) {
+            Ok(length) => length,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                if sent.is_some() {
+                    return Ok(seen);
+                }
+                continue;
+            }
+            Err(e) => return Err(e).context("receive a datagram of the flood"),
+        };
+        ensure!(length == 8, "{length} bytes instead of 8");
+        let number = usize::try_from(u64::from_be_bytes(buffer[..8].try_into()?))?;
+        if seen.len() <= number {
+            seen.resize(number + 1, false);
+        }
+        count += u64::from(!std::mem::replace(&mut seen[number], true));
     }
 }
 
 pub(crate) struct Flood {
     end: mpsc::Sender<()>,
     sending: JoinHandle<std::io::Result<u64>>,
-    receiver: UdpSocket,
+    total: mpsc::Sender<u64>,
+    receiving: JoinHandle<Result<Vec<bool>>>,
 }
 
 impl Flood {
@@ -405,14 +438,9 @@ impl Flood {
         thread::sleep(Duration::from_millis(100));
         let _ = self.end.send(());
         let sent = self.sending.join().map_err(|_| anyhow!("the sender panicked"))??;
-        self.receiver.set_read_timeout(Some(Duration::from_millis(500)))?;
-        let mut seen = vec![false; usize::try_from(sent)?];
-        let mut buffer = [0; 16];
-        while let Ok(length) = self.receiver.recv(&mut buffer) {
-            ensure!(length == 8, "{length} bytes instead of 8");
-            let number = u64::from_be_bytes(buffer[..8].try_into()?);
-            seen[usize::try_from(number)?] = true;
-        }
+        let _ = self.total.send(sent);
+        let mut seen = self.receiving.join().map_err(|_| anyhow!("the receiver panicked"))??;
+        seen.resize(usize::try_from(sent)?, false);
         let missing: Vec<usize> =
             seen.iter().enumerate().filter(|(_, seen)| !**seen).map(|(number, _)| number).collect();
         ensure!(

@@ -28,8 +28,20 @@ const fn all(binary: &'static str) -> Run {
     Run { binary, only: &[] }
 }
 
-/// In this order. Emulation is slow: what depends on the kernel, not what depends on timing or on etcd.
-pub(super) const RUNS: &[Run] = &[all("ebpf")];
+/// In this order. Emulation is slow: what depends on the kernel, and on no time shorter than seconds.
+pub(super) const RUNS: &[Run] = &[
+    all("ebpf"),
+    Run {
+        binary: "tunnel",
+        only: &[
+            "a_new_agent_takes_over_without_losing_a_packet",
+            "packets_flow_on_while_no_agent_runs",
+            "another_layout_version_and_back_lose_nothing",
+            "tiers_change_under_traffic_without_losing_a_packet",
+        ],
+    },
+    all("kernels"),
+];
 
 /// Loaded at start. Kinds of devices, matches and targets are loaded by the kernel when they are first used.
 const MODULES: &[&str] = &["tun", "veth", "bridge", "sch_ingress", "cls_bpf", "cls_u32"];
@@ -139,7 +151,7 @@ fn script(wanted: &Wanted<'_>) -> String {
     let mut text = String::from(
         "#!/bin/sh\n\
          busybox=$(command -v busybox) && $busybox mkdir -p /bb && $busybox --install -s /bb\n\
-         export PATH=/usr/sbin:/usr/bin:/bb HOME=/root FLANNEL_REQUIRE_ROOT=1\n\
+         export PATH=/usr/sbin:/usr/bin:/bb HOME=/root FLANNEL_REQUIRE_ROOT=1 FLANNEL_TESTS_SLOWER=4\n\
          mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev\n\
          mount -t tmpfs run /run; mount -t tmpfs tmp /tmp; mount -t bpf bpf /sys/fs/bpf\n\
          exec >/dev/ttyS0 2>&1 </dev/null\n\

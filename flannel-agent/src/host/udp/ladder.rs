@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use super::errno::Refusal;
 use super::ethtool::{Ethtool, Feature, Switch};
+use super::filters;
 use super::gro_pair::{self, GroPair};
 use super::maps::{self, Maps, to_wire};
 use super::place::{Ahead, Place};
@@ -107,6 +108,8 @@ pub(super) struct KernelPath {
     /// The shortcut is to be taken where it can.
     wants_shortcut: bool,
     shortcut: Option<Shortcut>,
+    /// An earlier agent may have left its filter on a bridge that only it knew.
+    bridges_unswept: bool,
 }
 
 struct XdpPart {
@@ -329,6 +332,7 @@ fn load<'s>(
                 tuned: Vec::new(),
                 wants_shortcut: wants_shortcut(ground),
                 shortcut: None,
+                bridges_unswept: true,
             });
         }
     }
@@ -478,6 +482,9 @@ impl KernelPath {
     /// The bridge does its work again.
     fn leave_bridge(&mut self) -> Result<(), Refusal> {
         self.pins.remove_link(LinkPin::Bridge)?;
+        if self.tc == TcKind::Clsact && std::mem::take(&mut self.bridges_unswept) {
+            filters::sweep(BRIDGE, Side::Egress, LinkPin::Bridge)?;
+        }
         if let Some(shortcut) = self.shortcut.take() {
             if self.tc == TcKind::Clsact {
                 programs::detach_clsact(BRIDGE, &Self::bridge_hook(&shortcut.bridge))?;
@@ -683,7 +690,7 @@ pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) 
     let pins = PinFolder::new(bpffs, &tunnel.device);
     let mut result: Result<(), HostError> = Ok(());
     for bridge in netlink.bridges().await? {
-        let left = leave_clsact(BRIDGE, &bridge.name, Side::Egress, LinkPin::Bridge);
+        let left = filters::leave(BRIDGE, &bridge.name, Side::Egress, LinkPin::Bridge);
         result = result.and(left.map_err(HostError::from));
     }
     let hooks = [
@@ -691,7 +698,7 @@ pub(super) async fn tear_down(netlink: &Netlink, bpffs: &Path, tunnel: &Tunnel) 
         (INGRESS, &tunnel.underlay, Side::Ingress, LinkPin::Ingress),
     ];
     for (name, device, side, pin) in hooks {
-        result = result.and(leave_clsact(name, device, side, pin).map_err(HostError::from));
+        result = result.and(filters::leave(name, device, side, pin).map_err(HostError::from));
     }
     result.and(clear(netlink, &pins, &tunnel.device).await)
 }
@@ -704,22 +711,4 @@ pub(super) async fn clear(netlink: &Netlink, pins: &PinFolder, device: &str) -> 
     underlay::restore(pins);
     let result = pins.remove_all().map_err(HostError::from);
     result.and(gro_pair::remove(netlink, device).await)
-}
-
-/// Takes what is not a link, and so did not move along, off the former underlay.
-///
-/// # Errors
-/// Missing permission.
-pub(super) fn leave_underlay(device: &str) -> Result<(), Refusal> {
-    leave_clsact(INGRESS, device, Side::Ingress, LinkPin::Ingress)
-}
-
-/// A device that is gone took its filters with it.
-fn leave_clsact(name: &'static str, device: &str, side: Side, pin: LinkPin) -> Result<(), Refusal> {
-    match nix::net::if_::if_nametoindex(device) {
-        Ok(ifindex) => {
-            programs::detach_clsact(name, &Hook { device, ifindex, side, order: Order::First, pin })
-        }
-        Err(_) => Ok(()),
-    }
 }

@@ -14,6 +14,7 @@
 //! | [`programs`] | load, attach, pin, take over |
 //! | [`maps`] | peers in, counts out |
 //! | [`gro_pair`], [`underlay`], [`ethtool`] | the devices around it |
+//! | `filters` | what hangs on clsact and no pin remembers |
 //! | `place` | keeping it among the programs of others |
 //! | `prober` | how large a packet a path carries |
 //! | [`proof`] | whether XDP's marks arrive |
@@ -27,6 +28,7 @@
 mod checksum;
 mod errno;
 pub mod ethtool;
+mod filters;
 pub mod gro_pair;
 pub mod ladder;
 pub mod maps;
@@ -92,7 +94,7 @@ impl Tunnels {
     pub async fn put(&mut self, tunnel: &Tunnel) -> Result<(), HostError> {
         let Self { netlink, bpffs, tunnels, .. } = self;
         let running = tunnels.entry(tunnel.device.clone()).or_insert_with(|| Running::new(tunnel.clone()));
-        let keep = running.is_up() || running::has_pins(bpffs, tunnel);
+        let keep = running.is_up() || running::is_carried_already(bpffs, tunnel);
         let result = running.bring_up(netlink, bpffs, tunnel).await;
         if !running.is_up() {
             tunnels.remove(&tunnel.device);

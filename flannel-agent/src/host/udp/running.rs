@@ -8,6 +8,7 @@ use std::time::Instant;
 use ipnet::Ipv4Net;
 
 use super::errno::Refusal;
+use super::filters;
 use super::ladder::{self, Ground, KernelPath, Rung, Tier};
 use super::maps::{Towards, from_wire};
 use super::prober::Prober;
@@ -117,7 +118,7 @@ impl Running {
             tracing::info!("udp datapath {} on {}: {}", rung.tier.name(), tunnel.underlay, rung.reason);
         }
         if self.tunnel.underlay != tunnel.underlay {
-            ladder::leave_underlay(&self.tunnel.underlay)?;
+            filters::leave_underlay(&self.tunnel.underlay)?;
         }
         self.tunnel = tunnel.clone();
         self.rung = Some(rung);
@@ -411,9 +412,9 @@ impl Running {
     }
 }
 
-/// Whether pins of an earlier agent are there: then a failure to bring the tunnel up must not take them away.
-pub(super) fn has_pins(bpffs: &Path, tunnel: &Tunnel) -> bool {
-    PinFolder::new(bpffs, &tunnel.device).is_in_use()
+/// Whether links or filters of an earlier agent are there: then a failure to bring the tunnel up must not take them away.
+pub(super) fn is_carried_already(bpffs: &Path, tunnel: &Tunnel) -> bool {
+    PinFolder::new(bpffs, &tunnel.device).is_in_use() || filters::carry(tunnel)
 }
 
 async fn link(netlink: &Netlink, tunnel: &Tunnel, name: &str) -> Result<LinkInfo, HostError> {

@@ -2,22 +2,22 @@
 
 use std::net::SocketAddrV4;
 
-use anyhow::{Context as _, Result, ensure};
-use flannel_tests::{
+use crate::{
     probe::{ping::Ping, tcp::TcpPath, udp::Datagrams},
     topology::{Host, Lab},
 };
+use anyhow::{Context as _, Result, ensure};
 
-pub(crate) const PORT: u16 = 5001;
+pub const PORT: u16 = 5001;
 
 /// `h1/xdp → h2/tc`, for messages.
-pub(crate) fn way(from: &Host, to: &Host) -> String {
+pub fn way(from: &Host, to: &Host) -> String {
     let tier = |host: &Host| host.status().map_or_else(|_| "?".to_owned(), |s| s.tier().to_owned());
     format!("pod of {}/{} → pod of {}/{}", from.name(), tier(from), to.name(), tier(to))
 }
 
 /// Runs `check` for every ordered pair of hosts.
-pub(crate) fn all_pairs(lab: &Lab, check: impl Fn(&Host, &Host) -> Result<()>) -> Result<()> {
+pub fn all_pairs(lab: &Lab, check: impl Fn(&Host, &Host) -> Result<()>) -> Result<()> {
     for from in lab.hosts() {
         for to in lab.hosts().iter().filter(|to| to.address() != from.address()) {
             check(from, to).with_context(|| way(from, to))?;
@@ -27,13 +27,13 @@ pub(crate) fn all_pairs(lab: &Lab, check: impl Fn(&Host, &Host) -> Result<()>) -
 }
 
 /// The pods' addresses and namespaces as a TCP path.
-pub(crate) fn tcp(from: &Host, to: &Host) -> Result<TcpPath> {
+pub fn tcp(from: &Host, to: &Host) -> Result<TcpPath> {
     let (client, server) = (from.pod()?, to.pod()?);
     Ok(TcpPath::new(&client.netns, &server.netns, SocketAddrV4::new(server.address, PORT)))
 }
 
 /// Small pings, packets of exactly the MTU with DF, and one byte more, which the kernel must refuse and name the MTU.
-pub(crate) fn pings(from: &Host, to: &Host) -> Result<()> {
+pub fn pings(from: &Host, to: &Host) -> Result<()> {
     let (pod, target) = (from.pod()?, to.pod()?.address);
     let mtu = from.agent()?.subnet_env()?.mtu;
     let small = Ping::new(&pod.netns, target).run()?;
@@ -53,12 +53,12 @@ pub(crate) fn pings(from: &Host, to: &Host) -> Result<()> {
 }
 
 /// A TCP stream, every byte compared.
-pub(crate) fn stream(from: &Host, to: &Host, bytes: u64) -> Result<()> {
+pub fn stream(from: &Host, to: &Host, bytes: u64) -> Result<()> {
     tcp(from, to)?.transfer(bytes).map(drop)
 }
 
 /// UDP datagrams: small, of full MTU, larger (inner fragments), and GSO batches as QUIC sends them.
-pub(crate) fn datagrams(from: &Host, to: &Host) -> Result<()> {
+pub fn datagrams(from: &Host, to: &Host) -> Result<()> {
     let loads = [
         Datagrams { count: 100, size: 64, batch: 1 },
         Datagrams { count: 100, size: 1444, batch: 1 },
@@ -74,7 +74,7 @@ pub(crate) fn datagrams(from: &Host, to: &Host) -> Result<()> {
 }
 
 /// No agent refused, lost or mistrusted a packet.
-pub(crate) fn nothing_refused(lab: &Lab) -> Result<()> {
+pub fn nothing_refused(lab: &Lab) -> Result<()> {
     const BAD: [&str; 11] = [
         "encap_stale_gso",
         "encap_failed",

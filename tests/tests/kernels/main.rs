@@ -1,0 +1,21 @@
+//! What a kernel must be good for: the real agent on two hosts, on every tier it has there. The part of the tests that
+//! `cargo xtask vm` runs on every kernel of its matrix, and `cargo xtask test` on this one.
+//!
+//! Emulated, everything takes ten times as long, and most of that would go into starting etcd and building hosts. So all
+//! tests share one lab, one after the other, each beginning with agents of its own; after a failure the next one gets a
+//! new lab. What is expected of which kernel is in `expected.rs`.
+
+mod expected;
+mod hosts;
+mod tiers;
+
+use std::process::ExitCode;
+
+use flannel_tests::scenario::run;
+
+fn main() -> ExitCode {
+    let hosts = hosts::Hosts::default();
+    let code = run(tiers::trials(&hosts));
+    drop(hosts);
+    code
+}
