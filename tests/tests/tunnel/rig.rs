@@ -249,6 +249,21 @@ impl Node {
         Ok(self.report()?.tier.name())
     }
 
+    /// Until the tier is this one and in place. On kernels where XDP's marks are proven first (veth before 6.1), that takes
+    /// packets and the next look.
+    pub(crate) fn settles_on(&self, datapath: Datapath, tier: &str) -> Result<()> {
+        let start = Instant::now();
+        while self.tier()? != tier || !self.is_in_place()? {
+            ensure!(start.elapsed() < Duration::from_secs(10), "not {tier}: {:?}", self.report()?);
+            if self.is_in_place()? {
+                thread::sleep(Duration::from_millis(50));
+            } else {
+                self.put(self.tunnel(datapath))?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn count(&self, name: &str) -> Result<u64> {
         Ok(self.report()?.counters.get(name).map_or(0, |tally| tally.packets))
     }
