@@ -23,11 +23,12 @@ pub(crate) fn nothing_lost() -> Result<()> {
         for _ in 0..4 {
             // Both ends, each by a process that knows nothing.
             rig.up(datapath)?;
+            for node in [&rig.a, &rig.b] {
+                node.settles_on(datapath, tier)?;
+            }
         }
         let sent = flood.end_complete()?;
         ensure!(sent > 1000, "only {sent} datagrams: the takeovers were not under load");
-        rig.b.settles_on(datapath, tier)?;
-        rig.a.settles_on(datapath, tier)?;
         let (xdp, tc) = (rig.b.count("decap_xdp")?, rig.b.count("decap_tc")?);
         ensure!(xdp + tc >= sent && if tier == "xdp" { xdp > 0 } else { xdp == 0 }, "{:?}", rig.b.report()?);
         ensure!(rig.b.count("source_refused")? == 0 && rig.a.count("no_peer")? == 0);
