@@ -3,11 +3,12 @@
 //! Connects when first used, and again whenever it must: etcd may be down when a node boots.
 
 mod options;
+mod v2;
 mod v3;
 
 use std::sync::Arc;
 
-pub use self::options::{EtcdOptions, EtcdOptionsError};
+pub use self::options::{EtcdApi, EtcdOptions, EtcdOptionsError};
 use super::registry::{Registry, RegistryNetworks};
 
 /// The networks below `--etcd-prefix`.
@@ -17,6 +18,11 @@ use super::registry::{Registry, RegistryNetworks};
 pub fn open(options: &EtcdOptions) -> Result<RegistryNetworks, EtcdOptionsError> {
     let checked = options::check(options)?;
     let (prefix, resync) = (checked.prefix.clone(), checked.resync);
-    let registry: Arc<dyn Registry> = Arc::new(v3::V3::new(checked));
+    let registry: Arc<dyn Registry> = match options.api {
+        EtcdApi::V2 => {
+            Arc::new(v2::V2::new(checked).map_err(|error| EtcdOptionsError::Tls(error.to_string()))?)
+        }
+        EtcdApi::V3 => Arc::new(v3::V3::new(checked)),
+    };
     Ok(RegistryNetworks::new(registry, prefix, resync))
 }
