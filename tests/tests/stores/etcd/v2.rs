@@ -74,10 +74,14 @@ pub(crate) async fn a_busy_keyspace_does_not_disturb_a_quiet_watch() -> Result<(
     let mut events = store(EtcdApi::V2, &[etcd.endpoint()])?.watch();
     snapshot_of(&mut events, 0).await?;
     for third in 1..=2 {
-        write(&keys, "/elsewhere", 1300, |number| number.to_string()).await?;
         let key = format!("10.5.{third}.0-24");
-        keys.put(&format!("{FOLDER}/{key}"), PEER, None)?;
-        let LeaseEvent::Added(seen) = next(&mut events).await? else { panic!("nothing but the change") };
+        let meddle = async {
+            write(&keys, "/elsewhere", 1300, |number| number.to_string()).await?;
+            keys.put(&format!("{FOLDER}/{key}"), PEER, None)
+        };
+        let (seen, meddled) = tokio::join!(next(&mut events), meddle);
+        meddled?;
+        let LeaseEvent::Added(seen) = seen? else { panic!("nothing but the change") };
         assert_eq!(seen.subnets, subnets(&key));
     }
     Ok(())

@@ -39,6 +39,8 @@ pub(super) struct V2 {
 struct Etcd {
     servers: Servers,
     user: Option<(String, String)>,
+    /// What may be missing where a server hangs up.
+    hint: &'static str,
 }
 
 /// What etcd says to a question it understood.
@@ -55,8 +57,13 @@ impl V2 {
         let name = format!("etcd at {}", urls.join(","));
         // Once, so that not every node asks the same one (contract §3.3).
         urls.shuffle(&mut rand::rng());
+        let hint = match (urls.iter().any(|url| url.starts_with("https:")), &options.http_tls.identity) {
+            (false, _) => "if it speaks TLS, write https:// in --etcd-endpoints",
+            (true, Some(_)) => "it may not accept the certificate of --etcd-certfile",
+            (true, None) => "it may want a client certificate, give --etcd-certfile and --etcd-keyfile",
+        };
         let servers = Servers::new(urls, options.http_tls, |status| status.is_server_error())?;
-        let etcd = Etcd { servers, user: options.user };
+        let etcd = Etcd { servers, user: options.user, hint };
         Ok(Self { name, etcd: Arc::new(etcd), era: Mutex::default() })
     }
 
@@ -122,32 +129,27 @@ impl Etcd {
         request: impl Fn(&Client, &str) -> RequestBuilder,
     ) -> Result<(Answer, usize), RegistryError> {
         let request = |client: &Client, base: &str| self.with_user(request(client, base));
-        self.servers.call(CALL_LIMIT, request).await.map_err(unanswered)
+        self.servers.call(CALL_LIMIT, request).await.map_err(|error| self.unanswered(error))
+    }
+
+    fn unanswered(&self, error: Unanswered) -> RegistryError {
+        let Unanswered { reason, lasting } = error;
+        if lasting {
+            return RegistryError::Refused(format!(
+                "TLS failed: {reason}; check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
+            ));
+        }
+        // A server that misses a client's certificate may hang up after a handshake that went well.
+        let hung_up = ["onnection reset", "broken pipe", "connection closed"];
+        match hung_up.iter().any(|sign| reason.contains(sign)) {
+            true => RegistryError::Unreachable(format!("{reason}; {}", self.hint)),
+            false => RegistryError::Unreachable(reason),
+        }
     }
 
     async fn ask(&self, request: impl Fn(&Client, &str) -> RequestBuilder) -> Result<Said, RegistryError> {
         let (answer, _) = self.call(request).await?;
         understand(answer)
-    }
-}
-
-fn unanswered(error: Unanswered) -> RegistryError {
-    let Unanswered { reason, lasting } = error;
-    match lasting {
-        true => RegistryError::Refused(format!(
-            "TLS failed: {reason}; check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
-        )),
-        // A server that misses a client's certificate may hang up after a handshake that went well.
-        false
-            if ["onnection reset", "broken pipe", "connection closed", "HandshakeFailure"]
-                .iter()
-                .any(|sign| reason.contains(sign)) =>
-        {
-            RegistryError::Unreachable(format!(
-                "{reason}; it may want a client certificate, give --etcd-certfile and --etcd-keyfile"
-            ))
-        }
-        false => RegistryError::Unreachable(reason),
     }
 }
 

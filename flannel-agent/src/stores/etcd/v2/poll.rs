@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::wire::{Action, ApiError, INDEX_CLEARED, Place};
-use super::{Etcd, Said, index, unanswered, understand};
+use super::{Etcd, Said, index, understand};
 use crate::stores::back_off::jittered;
 use crate::stores::http::Unanswered;
 use crate::stores::registry::{Notice, RegistryError, WatchEnd};
@@ -90,7 +90,7 @@ impl Poll {
                         )));
                     }
                     self.cursor = change.node.modified_index;
-                    // A moment after the change at most: times to live are counted from it.
+                    // The change was a moment ago.
                     if let Some(notice) = notice(&self.folder, change, Instant::now())? {
                         return Ok(vec![notice]);
                     }
@@ -107,7 +107,7 @@ impl Poll {
             let query = [("recursive", "true"), ("wait", "true"), ("waitIndex", &wait)];
             self.etcd.with_user(client.get(format!("{base}{path}")).query(&query))
         };
-        let broken = |error: Unanswered| WatchEnd::Broken(text(unanswered(error)));
+        let broken = |error: Unanswered| WatchEnd::Broken(text(self.etcd.unanswered(error)));
         let begun = self.etcd.servers.begin(self.server, request).await.map_err(broken)?;
         if begun.status() == StatusCode::OK {
             *head = index(begun.headers());
@@ -153,7 +153,7 @@ fn text(error: RegistryError) -> String {
 /// What a change means for a folder.
 ///
 /// A directory that goes takes its keys along and is told alone, also one that the folder lies in.
-fn notice(folder: &Place, change: Action, asked: Instant) -> Result<Option<Notice>, WatchEnd> {
+fn notice(folder: &Place, change: Action, at: Instant) -> Result<Option<Notice>, WatchEnd> {
     let Action { action, node, previous } = change;
     let is_gone = matches!(action.as_str(), "delete" | "expire" | "compareAndDelete");
     let was_dir = previous.map(|previous| previous.dir);
@@ -164,7 +164,7 @@ fn notice(folder: &Place, change: Action, asked: Instant) -> Result<Option<Notic
     let Some(key) = folder.key_inside(&node.key) else { return Ok(None) };
     Ok(Some(match is_gone {
         true => Notice::Deleted { key, revision: node.modified_index },
-        false => Notice::Put(node.entry(key, asked)),
+        false => Notice::Put(node.entry(key, at)),
     }))
 }
 

@@ -63,19 +63,19 @@ impl ApiError {
 }
 
 impl Node {
-    /// By our own clock: `expiration` is by etcd's, which may be wrong. `asked` is before the answer was made.
-    pub(super) fn lifetime(&self, asked: Instant) -> Lifetime {
+    /// By our own clock: `expiration` is by etcd's, which may be wrong. `at` is when the answer was made, or just before.
+    pub(super) fn lifetime(&self, at: Instant) -> Lifetime {
         match self.ttl {
             None => Lifetime::Forever,
             // What ended a moment ago may still be listed, with a negative rest.
             Some(seconds) => {
-                Lifetime::Until(asked + Duration::from_secs(u64::try_from(seconds).unwrap_or_default()))
+                Lifetime::Until(at + Duration::from_secs(u64::try_from(seconds).unwrap_or_default()))
             }
         }
     }
 
-    pub(super) fn entry(self, key: String, asked: Instant) -> Entry {
-        let lifetime = self.lifetime(asked);
+    pub(super) fn entry(self, key: String, at: Instant) -> Entry {
+        let lifetime = self.lifetime(at);
         Entry { key, value: self.value.into_bytes(), revision: self.modified_index, lifetime }
     }
 
