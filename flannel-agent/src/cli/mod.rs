@@ -7,6 +7,7 @@
 //! Where flanneld is silent about a mistake, this is not (contract §14, T2, T3): an unknown flag, a stray word, a
 //! bad variable or a feature that is not built yet ends with code 2 and a sentence that names it.
 
+mod etcd;
 mod flags;
 mod go;
 mod kube;
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 use clap::{Args, FromArgMatches};
 
+pub use self::etcd::{EtcdApi, EtcdSettings, Login};
 use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
 pub use self::kube::KubeSettings;
@@ -31,9 +33,7 @@ use self::kube::PodVariables;
 pub use self::leases::{MigrateCommand, Place, ReservationsAction, ReservationsCommand};
 pub use self::server::{EmbeddedSettings, NetworksSettings, RemoteSettings, ServeSettings};
 use self::settings::Origins;
-pub use self::settings::{
-    ClientCertificate, EtcdSettings, Login, Secret, Settings, StoreSettings, Verbosity,
-};
+pub use self::settings::{ClientCertificate, Secret, Settings, StoreSettings, Verbosity};
 use crate::domain::network_name::NetworkName;
 use crate::domain::wording::{nearest, quoted, shown};
 

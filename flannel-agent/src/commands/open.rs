@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cli::{ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
+use crate::cli::{self, ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
 use crate::stores::embedded::{Embedded, EmbeddedError};
-use crate::stores::etcd::{self, EtcdOptions, EtcdOptionsError};
+use crate::stores::etcd::{self, EtcdApi, EtcdOptions, EtcdOptionsError};
 use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
 use crate::stores::remote::{RemoteNetworks, RemoteOptions, RemoteOptionsError};
 use crate::stores::{LeaseStore, NetworkStores, RegistryNetworks};
@@ -79,6 +79,11 @@ fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {
         ca_file: settings.ca_file.clone(),
         username: settings.login.as_ref().map(|login| login.username.clone()),
         password: settings.login.as_ref().map(|login| login.password.expose().to_owned()),
+        api: match settings.api {
+            cli::EtcdApi::Auto => EtcdApi::Auto,
+            cli::EtcdApi::V2 => EtcdApi::V2,
+            cli::EtcdApi::V3 => EtcdApi::V3,
+        },
         ..EtcdOptions::default()
     }
 }

@@ -51,7 +51,7 @@ impl Keys {
     pub(crate) async fn of(etcd: &Etcd, api: EtcdApi) -> Result<Self> {
         Ok(match api {
             EtcdApi::V2 => Self::V2(etcd.v2()),
-            EtcdApi::V3 => Self::V3(Box::new(Client::connect([etcd.endpoint()], None).await?)),
+            _ => Self::V3(Box::new(Client::connect([etcd.endpoint()], None).await?)),
         })
     }
 

@@ -96,13 +96,14 @@ macro_rules! contract {
 
 /// Both APIs do what both can, and each what is its own.
 macro_rules! etcd {
-    (both { $($both:ident)* } v2 { $($v2:ident)* } v3 { $($v3:ident)* }) => {{
+    (both { $($both:ident)* } auto { $($auto:ident)* } v2 { $($v2:ident)* } v3 { $($v3:ident)* }) => {{
         let mut trials = Vec::new();
         $(
             let name = stringify!($both);
             trials.push(Trial::test(format!("etcd_v2::{name}"), || run(etcd::$both(EtcdApi::V2))));
             trials.push(Trial::test(format!("etcd_v3::{name}"), || run(etcd::$both(EtcdApi::V3))));
         )*
+        $(trials.push(Trial::test(concat!("etcd_auto::", stringify!($auto)), || run(etcd::auto::$auto())));)*
         $(trials.push(Trial::test(concat!("etcd_v2::", stringify!($v2)), || run(etcd::v2::$v2())));)*
         $(trials.push(Trial::test(concat!("etcd_v3::", stringify!($v3)), || run(etcd::v3::$v3())));)*
         trials
@@ -148,6 +149,13 @@ fn main() -> ExitCode {
             keys_outside_the_folder_are_not_ours
             the_prefix_is_cleaned
             nothing_that_cannot_work_is_accepted
+        } auto {
+            the_keyspace_with_the_configuration_is_taken
+            of_two_configurations_that_of_v3_is_taken_with_a_warning
+            while_there_is_no_configuration_both_are_looked_at
+            an_etcd_with_one_api_only_is_no_trouble
+            a_v2_that_does_not_answer_keeps_nobody_waiting
+            an_etcd_older_than_v3_is_taken_as_v2
         } v2 {
             a_thousand_changes_elsewhere_while_it_is_cut_off_mean_a_fresh_snapshot
             a_busy_keyspace_does_not_disturb_a_quiet_watch
@@ -197,12 +205,14 @@ fn main() -> ExitCode {
         a_reservation_that_cannot_be_is_refused_with_the_reason
         a_revoked_lease_is_told_and_free
     );
-    let shared = etcd.clone();
-    trials.push(Trial::test("etcd_v3::each_trouble_on_the_way_is_survived", move || {
-        run_within(TROUBLE_LIMIT, async move {
-            trouble::each_is_survived(Ground::etcd(&shared, "trouble").await?).await
-        })
-    }));
+    for (name, api) in [("etcd_v3", EtcdApi::V3), ("etcd_v2", EtcdApi::V2)] {
+        let shared = etcd.clone();
+        trials.push(Trial::test(format!("{name}::each_trouble_on_the_way_is_survived"), move || {
+            run_within(TROUBLE_LIMIT, async move {
+                trouble::each_is_survived(Ground::etcd(&shared, api, "trouble").await?).await
+            })
+        }));
+    }
     trials.push(Trial::test("remote_embedded::each_trouble_on_the_way_is_survived", || {
         run_within(TROUBLE_LIMIT, async {
             trouble::each_is_survived(Ground::embedded().await?.served().await?).await

@@ -24,6 +24,7 @@ struct RelayState {
     holding: Arc<AtomicBool>,
     stalled: AtomicBool,
     keeps_heads: AtomicBool,
+    swallows_http1: AtomicBool,
 }
 
 impl Relay {
@@ -69,6 +70,11 @@ impl Relay {
         self.state.keeps_heads.store(true, Ordering::SeqCst);
     }
 
+    /// Requests of HTTP/1 are taken and go nowhere.
+    pub(crate) fn swallow_http1(&self) {
+        self.state.swallows_http1.store(true, Ordering::SeqCst);
+    }
+
     /// Nothing passes, in neither direction.
     pub(crate) fn stall(&self) {
         self.state.stalled.store(true, Ordering::SeqCst);
@@ -87,9 +93,15 @@ impl RelayState {
         mut to: tokio::net::tcp::OwnedWriteHalf,
     ) {
         let mut buffer = vec![0; 64 * 1024];
+        let mut is_first = true;
         while let Ok(length @ 1..) = from.read(&mut buffer).await {
             while self.holding.load(Ordering::SeqCst) || self.stalled.load(Ordering::SeqCst) {
                 tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            let first = std::mem::replace(&mut is_first, false);
+            // RFC 9113 §3.4
+            if first && self.swallows_http1.load(Ordering::SeqCst) && !buffer.starts_with(b"PRI * HTTP/2.0") {
+                return std::future::pending().await;
             }
             if to.write_all(&buffer[..length]).await.is_err() {
                 return;

@@ -2,6 +2,7 @@
 //!
 //! Connects when first used, and again whenever it must: etcd may be down when a node boots.
 
+mod auto;
 mod options;
 mod v2;
 mod v3;
@@ -19,6 +20,7 @@ pub fn open(options: &EtcdOptions) -> Result<RegistryNetworks, EtcdOptionsError>
     let checked = options::check(options)?;
     let (prefix, resync) = (checked.prefix.clone(), checked.resync);
     let registry: Arc<dyn Registry> = match options.api {
+        EtcdApi::Auto => Arc::new(auto::Auto::new(checked)),
         EtcdApi::V2 => {
             Arc::new(v2::V2::new(checked).map_err(|error| EtcdOptionsError::Tls(error.to_string()))?)
         }

@@ -32,6 +32,7 @@ pub struct EtcdOptions {
     /// User of etcd's own authentication: both or neither.
     pub username: Option<String>,
     pub password: Option<String>,
+    /// Which keyspace.
     pub api: EtcdApi,
     /// How often a running watch is compared with a fresh list, give or take a fifth.
     pub resync: Duration,
@@ -89,13 +90,16 @@ pub enum EtcdOptionsError {
 /// Which of etcd's two keyspaces the leases are in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EtcdApi {
+    /// v3, or v2 where only that holds a network configuration.
+    #[default]
+    Auto,
     /// flanneld's up to 0.17.
     V2,
-    #[default]
     V3,
 }
 
 /// Options that passed every check.
+#[derive(Clone)]
 pub(super) struct Checked {
     pub(super) endpoints: Vec<Endpoint>,
     /// The same TLS as the endpoints', for HTTP.

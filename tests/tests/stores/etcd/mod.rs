@@ -1,5 +1,6 @@
 //! What only a server on a network can do: die, hang, ask for a password. By both of etcd's APIs.
 
+pub(crate) mod auto;
 pub(crate) mod v2;
 pub(crate) mod v3;
 
@@ -177,7 +178,7 @@ pub(crate) async fn user_and_password_open_the_door(api: EtcdApi) -> Result<()> 
         let password = PASSWORD.to_owned();
         let require = match api {
             EtcdApi::V2 => Etcd::require_v2_password,
-            EtcdApi::V3 => Etcd::require_password,
+            _ => Etcd::require_password,
         };
         tokio::task::spawn_blocking(move || require(&etcd, &password).map(|()| etcd)).await??
     };
