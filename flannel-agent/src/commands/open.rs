@@ -45,12 +45,14 @@ pub(super) fn networks(settings: &StoreSettings) -> Result<Arc<dyn NetworkStores
     })
 }
 
-/// etcd, where the flags are about it.
-pub(super) fn etcd(settings: &StoreSettings) -> Result<RegistryNetworks, OpenError> {
-    match settings {
-        StoreSettings::Etcd(etcd) => Ok(etcd::open(&etcd_options(etcd))?),
-        _ => Err(OpenError::NotEtcd),
+/// etcd, where the flags are about it. `otherwise` is taken where they leave the keyspace open.
+pub(super) fn etcd(settings: &StoreSettings, otherwise: EtcdApi) -> Result<RegistryNetworks, OpenError> {
+    let StoreSettings::Etcd(etcd) = settings else { return Err(OpenError::NotEtcd) };
+    let mut options = etcd_options(etcd);
+    if options.api == EtcdApi::Auto {
+        options.api = otherwise;
     }
+    Ok(etcd::open(&options)?)
 }
 
 /// The file of a server that does not run.

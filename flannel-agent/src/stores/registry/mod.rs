@@ -18,8 +18,8 @@ use futures_util::stream::BoxStream;
 
 pub(super) use self::leases::RegistryStore;
 pub use self::networks::RegistryNetworks;
-pub use self::transfer::{Content, Received};
 pub(super) use self::networks::holds_a_network;
+pub use self::transfer::{Content, Received};
 
 /// The calls every such store offers. Keys are whole keys.
 #[async_trait]
