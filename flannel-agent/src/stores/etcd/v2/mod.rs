@@ -45,7 +45,7 @@ struct Etcd {
 
 /// What etcd says to a question it understood.
 enum Said {
-    Done(Action, HeaderMap),
+    Done(Box<Action>, HeaderMap),
     No(ApiError),
 }
 
@@ -156,7 +156,7 @@ impl Etcd {
 fn understand(answer: Answer) -> Result<Said, RegistryError> {
     if answer.status.is_success() {
         return match serde_json::from_slice(&answer.body) {
-            Ok(action) => Ok(Said::Done(action, answer.headers)),
+            Ok(action) => Ok(Said::Done(Box::new(action), answer.headers)),
             Err(error) => Err(RegistryError::Unreachable(format!("its answer can't be understood: {error}"))),
         };
     }

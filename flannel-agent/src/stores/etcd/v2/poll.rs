@@ -41,7 +41,7 @@ pub(super) struct Poll {
 
 /// What one poll came to.
 enum Polled {
-    Change(Action),
+    Change(Box<Action>),
     Nothing,
 }
 
@@ -91,7 +91,7 @@ impl Poll {
                     }
                     self.cursor = change.node.modified_index;
                     // The change was a moment ago.
-                    if let Some(notice) = notice(&self.folder, change, Instant::now())? {
+                    if let Some(notice) = notice(&self.folder, *change, Instant::now())? {
                         return Ok(vec![notice]);
                     }
                 }
