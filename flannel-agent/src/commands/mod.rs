@@ -4,6 +4,7 @@ mod claims;
 pub mod cleanup;
 pub mod daemon;
 pub mod migrate;
+pub mod migrate_etcd;
 mod network;
 mod networks;
 mod open;

@@ -55,6 +55,11 @@ pub(super) fn etcd(settings: &StoreSettings, otherwise: EtcdApi) -> Result<Regis
     Ok(etcd::open(&options)?)
 }
 
+/// Both keyspaces of an etcd.
+pub(super) fn keyspaces(settings: &EtcdSettings) -> Result<etcd::Mirror, OpenError> {
+    Ok(etcd::keyspaces(&etcd_options(settings))?)
+}
+
 /// The file of a server that does not run.
 pub(super) fn embedded(path: &Path) -> Result<RegistryNetworks, OpenError> {
     Ok(Embedded::open(path)?.networks())

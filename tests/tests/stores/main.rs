@@ -110,6 +110,12 @@ macro_rules! etcd {
     }};
 }
 
+macro_rules! migrate {
+    ($($case:ident)*) => {
+        vec![$(Trial::test(concat!("migrate_etcd::", stringify!($case)), || run(etcd::migrate::$case()))),*]
+    };
+}
+
 macro_rules! server {
     ($($module:ident::$case:ident)*) => {
         vec![$(Trial::test(concat!("server::", stringify!($case)), || run($module::$case()))),*]
@@ -218,6 +224,12 @@ fn main() -> ExitCode {
             trouble::each_is_survived(Ground::embedded().await?.served().await?).await
         })
     }));
+    trials.extend(migrate!(
+        nodes_in_both_keyspaces_live_side_by_side
+        no_subnet_is_left_with_two_owners
+        leases_come_to_v3_as_they_are
+        deleting_the_old_keyspace_leaves_the_new_one_alone
+    ));
     trials.extend(server!(
         server::nothing_acknowledged_is_lost_in_twenty_kills
         server::clients_that_hang_hurt_nobody_else

@@ -375,7 +375,7 @@ fn subcommands_are_for_the_agents_own_name() {
         ),
         (
             "flannel-agent nonsense",
-            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, top, cleanup, reservations, migrate, version and help as the first word",
+            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, top, cleanup, reservations, migrate, migrate-etcd, version and help as the first word",
         ),
         (
             "flanneld status",

@@ -127,7 +127,7 @@ impl Apis {
 }
 
 fn chosen_v2(v2: Arc<V2>) -> Arc<dyn Registry> {
-    tracing::info!("leases are in etcd's v2 keyspace");
+    tracing::info!("leases are in etcd's v2 keyspace; `flannel-agent migrate-etcd` moves them to v3's");
     v2
 }
 

@@ -10,6 +10,7 @@ mod v3;
 use std::sync::Arc;
 
 pub use self::options::{EtcdApi, EtcdOptions, EtcdOptionsError};
+pub use super::registry::{Fate, FollowEnd, Mirror, Planned};
 use super::registry::{Registry, RegistryNetworks};
 
 /// The networks below `--etcd-prefix`.
@@ -27,4 +28,16 @@ pub fn open(options: &EtcdOptions) -> Result<RegistryNetworks, EtcdOptionsError>
         EtcdApi::V3 => Arc::new(v3::V3::new(checked)),
     };
     Ok(RegistryNetworks::new(registry, prefix, resync))
+}
+
+/// Both keyspaces below `--etcd-prefix`: v2's, which is old, and v3's.
+///
+/// # Errors
+/// An option can't be right.
+pub fn keyspaces(options: &EtcdOptions) -> Result<Mirror, EtcdOptionsError> {
+    let checked = options::check(options)?;
+    let prefix = checked.prefix.clone();
+    let v3 = Arc::new(v3::V3::new(checked.clone()));
+    let v2 = v2::V2::new(checked).map_err(|error| EtcdOptionsError::Tls(error.to_string()))?;
+    Ok(Mirror::new(Arc::new(v2), v3, &prefix))
 }

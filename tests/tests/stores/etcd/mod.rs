@@ -1,6 +1,7 @@
 //! What only a server on a network can do: die, hang, ask for a password. By both of etcd's APIs.
 
 pub(crate) mod auto;
+pub(crate) mod migrate;
 pub(crate) mod v2;
 pub(crate) mod v3;
 
