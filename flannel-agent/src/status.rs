@@ -1,7 +1,8 @@
 //! What a running agent says of itself, and the unix socket it says it on.
 //!
 //! One connection, one JSON document, end. `flannel-agent status` and the demo read it; the agent's loop writes it,
-//! so an answer also shows that the loop is alive. Nothing can be changed through the socket.
+//! so an answer also shows that the loop is alive. Before the loop runs, whoever waits for the store writes what is
+//! awaited. Nothing can be changed through the socket.
 
 use std::io;
 use std::net::IpAddr;
@@ -17,7 +18,56 @@ use tokio::sync::{mpsc, oneshot};
 use crate::domain::network_name::NetworkName;
 use crate::host::udp::TunnelReport;
 
-/// The whole answer.
+/// What an agent answers.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    Running(Box<Status>),
+    Starting(Starting),
+}
+
+impl Answer {
+    /// The agent's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        match self {
+            Self::Running(status) => status.pid,
+            Self::Starting(starting) => starting.pid,
+        }
+    }
+
+    fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
+        match serde_json::from_slice(text) {
+            Ok(status) => Ok(Self::Running(status)),
+            // The other error would be about a document that nobody sent.
+            Err(error) => serde_json::from_slice(text).map(Self::Starting).map_err(|_| error),
+        }
+    }
+}
+
+/// The answer of an agent that has no lease yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Starting {
+    pub version: String,
+    pub pid: u32,
+    /// True; a running agent's answer has no such field.
+    pub starting: bool,
+    /// False.
+    pub ready: bool,
+    /// What is awaited.
+    pub not_ready: Vec<String>,
+}
+
+impl Starting {
+    #[must_use]
+    pub fn waiting_for(not_ready: Vec<String>) -> Self {
+        let version = crate::cli::VERSION.to_owned();
+        Self { version, pid: std::process::id(), starting: true, ready: false, not_ready }
+    }
+}
+
+/// The whole answer of an agent that runs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     pub version: String,
@@ -73,8 +123,8 @@ pub struct RefusedStatus {
     pub reason: String,
 }
 
-/// A question to the agent's loop.
-pub type Question = oneshot::Sender<Status>;
+/// A question to the agent.
+pub type Question = oneshot::Sender<Answer>;
 
 /// How long a reader waits for the loop's answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -121,8 +171,8 @@ impl StatusSocket {
                 return;
             }
             tokio::spawn(async move {
-                let Ok(Ok(status)) = tokio::time::timeout(PATIENCE, answer).await else { return };
-                if let Ok(text) = serde_json::to_vec(&status) {
+                let Ok(Ok(answer)) = tokio::time::timeout(PATIENCE, answer).await else { return };
+                if let Ok(text) = serde_json::to_vec(&answer) {
                     // A reader that went away is not our trouble.
                     let _ = tokio::time::timeout(PATIENCE, stream.write_all(&text)).await;
                 }
@@ -152,7 +202,7 @@ pub enum StatusError {
 }
 
 /// Asks the agent on `path`.
-pub async fn read(path: &Path) -> Result<Status, StatusError> {
+pub async fn read(path: &Path) -> Result<Answer, StatusError> {
     let shown = path.display().to_string();
     let mut stream = UnixStream::connect(path)
         .await
@@ -162,7 +212,7 @@ pub async fn read(path: &Path) -> Result<Status, StatusError> {
         Ok(Ok(_)) if !text.is_empty() => {}
         _ => return Err(StatusError::NoAnswer(shown)),
     }
-    serde_json::from_slice(&text).map_err(|source| StatusError::Garbled { path: shown, source })
+    Answer::parse(&text).map_err(|source| StatusError::Garbled { path: shown, source })
 }
 
 /// The socket of one of several networks: `/run/flannel/status-blue.sock` beside `/run/flannel/status.sock`.

@@ -39,7 +39,7 @@ use crate::domain::path_mtu::PathMtus;
 use crate::domain::peers::{Changed, OwnLease, Peers};
 use crate::health::Health;
 use crate::host::{Host, News};
-use crate::status::Question;
+use crate::status::{Answer, Question};
 use crate::stores::LeaseStore;
 use crate::subnet_env::SubnetEnv;
 
@@ -150,7 +150,7 @@ impl<H: Host> Agent<H> {
     }
 
     /// Runs until it is told to end or until the lease is lost for good. `questions` are answered in between.
-    pub async fn run(mut self, orders: Orders, questions: mpsc::Receiver<Question>) -> End {
+    pub async fn run(mut self, orders: Orders, questions: &mut mpsc::Receiver<Question>) -> End {
         let end = self.turn(&orders, questions).await;
         // A start that never became ready on a host where nothing of ours was leaves nothing behind.
         let never_began = self.published.is_none() && self.found_nothing;
@@ -165,7 +165,7 @@ impl<H: Host> Agent<H> {
         end
     }
 
-    async fn turn(&mut self, orders: &Orders, mut questions: mpsc::Receiver<Question>) -> End {
+    async fn turn(&mut self, orders: &Orders, questions: &mut mpsc::Receiver<Question>) -> End {
         let mut events = self.node.store.watch();
         self.look().await;
         self.found_nothing = self.applied.as_ref().is_some_and(HostState::is_empty);
@@ -214,7 +214,7 @@ impl<H: Host> Agent<H> {
                 },
                 question = questions.recv() => if let Some(question) = question {
                     // An asker that went away is not our trouble.
-                    let _ = question.send(self.status());
+                    let _ = question.send(Answer::Running(Box::new(self.status())));
                 },
                 _ = heartbeat.tick() => self.ask_about_paths().await,
             }

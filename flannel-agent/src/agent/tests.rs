@@ -91,9 +91,10 @@ impl Running {
         };
         let health = Health::default();
         let orders = Orders::default();
-        let (ask, questions) = mpsc::channel(1);
+        let (ask, mut questions) = mpsc::channel(1);
         let agent = Agent::new(node, host.clone(), options, health.clone());
-        let task = tokio::spawn(agent.run(orders.clone(), questions));
+        let given = orders.clone();
+        let task = tokio::spawn(async move { agent.run(given, &mut questions).await });
         Self { store, host, health, ask, orders, task, files }
     }
 
@@ -126,7 +127,10 @@ impl Running {
     async fn status(&self) -> Status {
         let (question, answer) = tokio::sync::oneshot::channel();
         self.ask.send(question).await.unwrap();
-        answer.await.unwrap()
+        match answer.await.unwrap() {
+            Answer::Running(status) => *status,
+            Answer::Starting(starting) => panic!("{starting:?}"),
+        }
     }
 
     fn shown(&self) -> String {
@@ -311,9 +315,7 @@ async fn status_tells_what_is_refused() {
     running.peer("10.1.9.0-24", "192.0.2.1", "");
     running.store.put("10.1.10.0-24", "not json", DAY);
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let (question, answer) = tokio::sync::oneshot::channel();
-    running.ask.send(question).await.unwrap();
-    let status = answer.await.unwrap();
+    let status = running.status().await;
     assert_eq!(status.refused.len(), 3, "{:?}", status.refused);
     assert!(status.ready, "others' mistakes don't make us unready: {:?}", status.not_ready);
     assert_eq!(status.subnet, "10.1.7.0/24");

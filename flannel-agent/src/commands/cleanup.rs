@@ -61,10 +61,10 @@ async fn running(command: &CleanupCommand, found: &[Leftover]) -> Option<String>
     let of_networks = status::networks_beside(&command.socket);
     let of_networks = of_networks.iter().map(|name| status::socket_of(&command.socket, name));
     for socket in std::iter::once(command.socket.clone()).chain(of_networks) {
-        if let Ok(status) = status::read(&socket).await {
+        if let Ok(answer) = status::read(&socket).await {
             return Some(format!(
                 "an agent (pid {}) runs and answers on {}; it would put everything back, so stop it first",
-                status.pid,
+                answer.pid(),
                 socket.display()
             ));
         }

@@ -3,8 +3,8 @@
 mod claims;
 pub mod cleanup;
 pub mod daemon;
+mod keys;
 pub mod migrate;
-pub mod migrate_etcd;
 mod network;
 mod networks;
 mod open;

@@ -24,7 +24,7 @@ use crate::host::linux::{LinuxHost, LinuxHostOptions, Scope};
 use crate::host::netlink::Netlink;
 use crate::host::{interfaces, sysctl};
 use crate::startup;
-use crate::status::StatusSocket;
+use crate::status::{Answer, Question, Starting, StatusSocket};
 use crate::stores::{LeaseRequest, LeaseStore};
 use crate::subnet_env::PreviousSubnets;
 
@@ -54,19 +54,38 @@ impl Network {
     /// # Errors
     /// It could not start.
     pub(super) async fn run(&self, settings: &Settings, orders: &Orders) -> Result<End, StartError> {
-        let status = match &self.status_socket {
-            Some(path) => Some(
-                StatusSocket::bind(path)
+        let (ask, mut questions) = mpsc::channel(QUESTIONS);
+        let serving = match &self.status_socket {
+            Some(path) => {
+                let socket = StatusSocket::bind(path)
                     .await
-                    .map_err(|source| StartError::Status { path: path.clone(), source })?,
-            ),
+                    .map_err(|source| StartError::Status { path: path.clone(), source })?;
+                Some(tokio::spawn(socket.serve(ask)))
+            }
             None => None,
         };
+        let end = self.run_answering(settings, orders, &mut questions).await;
+        if let Some(serving) = serving {
+            serving.abort();
+            // Lets the socket's file go.
+            let _ = serving.await;
+        }
+        end
+    }
+
+    /// Answers what it is asked from the first moment on.
+    async fn run_answering(
+        &self,
+        settings: &Settings,
+        orders: &Orders,
+        questions: &mut mpsc::Receiver<Question>,
+    ) -> Result<End, StartError> {
         // Nothing is on the host yet that could be left there.
         let (node, host, _claimed) = tokio::select! {
             () = orders.stop.cancelled() => return Ok(End::Stopped),
             () = orders.leave.cancelled() => return Ok(End::Left),
             prepared = self.prepare(settings) => prepared?,
+            never = self.say_what_is_awaited(questions) => never,
         };
         let options = AgentOptions {
             subnet_file: self.subnet_file.clone(),
@@ -74,15 +93,15 @@ impl Network {
             path_mtu_lifetime: path_mtu_lifetime(),
             company: self.company,
         };
-        let (ask, questions) = mpsc::channel(QUESTIONS);
-        let serving = status.map(|socket| tokio::spawn(socket.serve(ask)));
-        let end = Agent::new(node, host, options, self.health.clone()).run(orders.clone(), questions).await;
-        if let Some(serving) = serving {
-            serving.abort();
-            // Lets the socket's file go.
-            let _ = serving.await;
+        Ok(Agent::new(node, host, options, self.health.clone()).run(orders.clone(), questions).await)
+    }
+
+    async fn say_what_is_awaited<T>(&self, questions: &mut mpsc::Receiver<Question>) -> T {
+        while let Some(question) = questions.recv().await {
+            // An asker that went away is not our trouble.
+            let _ = question.send(Answer::Starting(Starting::waiting_for(self.health.reasons())));
         }
-        Ok(end)
+        std::future::pending().await
     }
 
     /// Everything up to the lease, and the host that will be kept as the lease says.

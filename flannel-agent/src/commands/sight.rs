@@ -1,4 +1,4 @@
-//! What there is to be seen of a node: a running agent's answer, or what the kernel does without one.
+//! What there is to be seen of a node: an agent's answer, or what the kernel does without one.
 
 use serde::Serialize;
 
@@ -8,14 +8,24 @@ use crate::host::leftovers;
 use crate::host::netlink::Netlink;
 use crate::host::udp::TunnelReport;
 use crate::host::udp::unattended::{self, UnattendedTunnel};
-use crate::status::{self, Status, StatusError};
+use crate::status::{self, Answer, Starting, Status, StatusError};
 
-/// Both are one JSON document, and both have `tunnels` of one form.
+/// Each is one JSON document, and each has `tunnels` of one form.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub(super) enum Sight {
     Agent(Box<Status>),
+    Starting(Awaiting),
     Kernel(Unattended),
+}
+
+/// A node whose agent waits for something before it looks after the host.
+#[derive(Debug, Serialize)]
+pub(super) struct Awaiting {
+    #[serde(flatten)]
+    pub(super) agent: Starting,
+    #[serde(flatten)]
+    pub(super) kernel: InKernel,
 }
 
 /// A node whose agent does not answer.
@@ -23,6 +33,13 @@ pub(super) enum Sight {
 pub(super) struct Unattended {
     /// Why there is no answer.
     pub(super) no_agent: String,
+    #[serde(flatten)]
+    pub(super) kernel: InKernel,
+}
+
+/// What is there without an agent's doing.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct InKernel {
     pub(super) tunnels: Vec<UnattendedTunnel>,
     /// Tunnels of which it can't be told what they do, and why.
     pub(super) not_told: Vec<String>,
@@ -34,7 +51,8 @@ impl Sight {
     pub(super) fn tunnels(&self) -> Vec<&TunnelReport> {
         match self {
             Self::Agent(status) => status.tunnels.iter().collect(),
-            Self::Kernel(unattended) => unattended.tunnels.iter().map(|tunnel| &tunnel.report).collect(),
+            Self::Starting(awaiting) => awaiting.kernel.tunnels(),
+            Self::Kernel(unattended) => unattended.kernel.tunnels(),
         }
     }
 }
@@ -49,7 +67,14 @@ pub(super) async fn look(at: &LookAt) -> Result<Sight, String> {
         None => at.socket.clone(),
     };
     match status::read(&socket).await {
-        Ok(status) => Ok(Sight::Agent(Box::new(status))),
+        Ok(Answer::Running(status)) => Ok(Sight::Agent(status)),
+        Ok(Answer::Starting(agent)) => {
+            let kernel = in_kernel(at).await.unwrap_or_else(|error| InKernel {
+                not_told: vec![error.to_string()],
+                ..InKernel::default()
+            });
+            Ok(Sight::Starting(Awaiting { agent, kernel }))
+        }
         // An agent of another version runs: what it does is for the client of that version to say.
         Err(error @ StatusError::Garbled { .. }) => Err(error.to_string()),
         Err(error) => {
@@ -63,32 +88,31 @@ pub(super) async fn look(at: &LookAt) -> Result<Sight, String> {
                 }
                 _ => error.to_string(),
             };
-            match without_agent(at, &no_agent).await {
-                Ok(seen) if seen.is_empty() => Err(format!(
+            match in_kernel(at).await {
+                Ok(kernel) if kernel.is_empty() => Err(format!(
                     "{no_agent}; and nothing carries packets without it: no tunnel is pinned below {}, no route is there",
                     at.bpffs_path.display()
                 )),
-                Ok(seen) => Ok(Sight::Kernel(seen)),
+                Ok(kernel) => Ok(Sight::Kernel(Unattended { no_agent, kernel })),
                 Err(error) => Err(format!("{no_agent}; {error}")),
             }
         }
     }
 }
 
-impl Unattended {
+impl InKernel {
+    fn tunnels(&self) -> Vec<&TunnelReport> {
+        self.tunnels.iter().map(|tunnel| &tunnel.report).collect()
+    }
+
     fn is_empty(&self) -> bool {
         self.tunnels.is_empty() && self.not_told.is_empty() && self.routes.is_empty()
     }
 }
 
-async fn without_agent(at: &LookAt, no_agent: &str) -> Result<Unattended, HostError> {
+async fn in_kernel(at: &LookAt) -> Result<InKernel, HostError> {
     let netlink = Netlink::new()?;
-    let mut seen = Unattended {
-        no_agent: no_agent.to_owned(),
-        tunnels: Vec::new(),
-        not_told: Vec::new(),
-        routes: Vec::new(),
-    };
+    let mut seen = InKernel::default();
     for tunnel in unattended::find(&netlink, &at.bpffs_path).await? {
         match tunnel {
             Ok(tunnel) => seen.tunnels.push(tunnel),

@@ -7,12 +7,12 @@ use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::sight::{self, Sight, Unattended};
+use super::sight::{self, Awaiting, InKernel, Sight};
 use super::wording::{ago, bytes, count, duration};
 use crate::cli::StatusCommand;
 use crate::domain::wording::shown;
 use crate::host::udp::{PeerReport, TunnelReport};
-use crate::status::Status;
+use crate::status::{Starting, Status};
 
 /// As `systemctl status` has it for what does not run.
 pub(super) const NO_AGENT: u8 = 3;
@@ -41,7 +41,7 @@ pub async fn run(command: &StatusCommand) -> ExitCode {
     // A reader that has seen enough (`| head`) is not our trouble.
     let _ = std::io::stdout().write_all(text.as_bytes());
     match seen {
-        Sight::Agent(_) => ExitCode::SUCCESS,
+        Sight::Agent(_) | Sight::Starting(_) => ExitCode::SUCCESS,
         Sight::Kernel(_) => ExitCode::from(NO_AGENT),
     }
 }
@@ -49,8 +49,21 @@ pub async fn run(command: &StatusCommand) -> ExitCode {
 fn human(seen: &Sight) -> String {
     match seen {
         Sight::Agent(status) => agent(status),
-        Sight::Kernel(unattended) => kernel(unattended),
+        Sight::Starting(awaiting) => starting(awaiting),
+        Sight::Kernel(unattended) => {
+            let mut text = format!("no agent  {}\n", unattended.no_agent);
+            kernel(&mut text, &unattended.kernel);
+            text
+        }
     }
+}
+
+fn starting(seen: &Awaiting) -> String {
+    let Starting { version, pid, not_ready, .. } = &seen.agent;
+    let mut text =
+        format!("flannel-agent {version} (pid {pid}) is starting\nready     no: {}\n", not_ready.join("; "));
+    kernel(&mut text, &seen.kernel);
+    text
 }
 
 // Writing to a String can't fail.
@@ -104,16 +117,14 @@ fn agent(status: &Status) -> String {
     text
 }
 
-fn kernel(seen: &Unattended) -> String {
-    let mut text = String::new();
-    let _ = writeln!(text, "no agent  {}", seen.no_agent);
+fn kernel(text: &mut String, seen: &InKernel) {
     for found in &seen.tunnels {
         let _ = writeln!(
             text,
             "kernel    carries {} of {} on as node {}, MTU {}; it does not know what changed since",
             found.subnet, found.network, found.address, found.mtu
         );
-        tunnel(&mut text, &found.report);
+        tunnel(text, &found.report);
     }
     for reason in &seen.not_told {
         let _ = writeln!(text, "not told  {reason}");
@@ -121,7 +132,6 @@ fn kernel(seen: &Unattended) -> String {
     for route in &seen.routes {
         let _ = writeln!(text, "{route}");
     }
-    text
 }
 
 fn tunnel(text: &mut String, tunnel: &TunnelReport) {
@@ -195,6 +205,7 @@ fn drops(peer: &PeerReport) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::sight::Unattended;
     use crate::host::udp::unattended::UnattendedTunnel;
     use crate::host::udp::{Tally, Tier};
 
@@ -250,10 +261,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn without_an_agent_the_page_says_so_first_and_json_has_the_same_tunnels() {
-        let seen = Sight::Kernel(Unattended {
-            no_agent: "no agent answers".to_owned(),
+    fn carried() -> InKernel {
+        InKernel {
             tunnels: vec![UnattendedTunnel {
                 network: "10.244.0.0/16".parse().unwrap(),
                 subnet: "10.244.3.0/24".parse().unwrap(),
@@ -263,7 +272,29 @@ mod tests {
             }],
             not_told: vec!["read the tunnel on flannel1: why".to_owned()],
             routes: vec!["route 10.244.0.0/16 dev flannel0".to_owned()],
-        });
+        }
+    }
+
+    #[test]
+    fn an_agent_that_waits_says_for_what_and_what_the_kernel_carries_meanwhile() {
+        let agent = Starting::waiting_for(vec!["no config yet: etcd is unreachable".to_owned()]);
+        let seen = Sight::Starting(Awaiting { agent, kernel: carried() });
+        let text = human(&seen);
+        assert!(
+            text.contains(
+                ") is starting\nready     no: no config yet: etcd is unreachable\nkernel    carries"
+            ),
+            "{text}"
+        );
+        let json = serde_json::to_value(&seen).unwrap();
+        let at = |pointer: &str| json.pointer(pointer).cloned().unwrap_or_default();
+        assert_eq!((at("/starting"), at("/ready")), (true.into(), false.into()));
+        assert_eq!(at("/tunnels/0/subnet"), "10.244.3.0/24");
+    }
+
+    #[test]
+    fn without_an_agent_the_page_says_so_first_and_json_has_the_same_tunnels() {
+        let seen = Sight::Kernel(Unattended { no_agent: "no agent answers".to_owned(), kernel: carried() });
         let text = human(&seen);
         assert!(
             text.starts_with("no agent  no agent answers\nkernel    carries 10.244.3.0/24 of 10.244.0.0/16"),

@@ -1,7 +1,7 @@
 //! `flannel-agent top`: the traffic with each peer since the last look, busiest first.
 //!
-//! On a terminal each page takes the place of the last, on the alternate screen; into a pipe or file they follow each
-//! other without control characters.
+//! On a terminal each page takes the place of the last, on the alternate screen, until `q` or Ctrl-C; into a pipe or file
+//! they follow each other without control characters.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -15,11 +15,13 @@ use ipnet::Ipv4Net;
 use terminal_size::{Height, terminal_size};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::keys::Keys;
 use super::sight::{self, Sight};
 use super::status::{NO_AGENT, path_mtu};
 use super::wording::{ago, bytes, count, duration};
 use crate::cli::TopCommand;
 use crate::host::udp::PeerReport;
+use crate::status::Starting;
 
 // ECMA-48 and xterm: alternate screen and hidden cursor; home; rest of the line, of the screen.
 const ENTER: &str = "\x1b[?1049h\x1b[?25l";
@@ -28,19 +30,23 @@ const HOME: &str = "\x1b[H";
 const CLEAR_LINE: &str = "\x1b[K";
 const CLEAR_BELOW: &str = "\x1b[J";
 
+const QUIT: u8 = b'q';
+
 /// Lines around the rows of peers: four above, one below for what is left out.
 const FRAME: usize = 5;
 
 /// The exit codes of `status`, by the last look.
 pub async fn run(command: &TopCommand) -> ExitCode {
     let mut screen = Screen { is_taken: false, last: Last::Agent };
+    let mut keys = if io::stdout().is_terminal() { Keys::listen() } else { None };
     let result = tokio::select! {
         result = pages(command, &mut screen) => result,
         () = told_to_end() => Ok(()),
+        () = quit(&mut keys) => Ok(()),
     };
     let last = screen.last;
     // What is said now stays on the screen.
-    drop(screen);
+    drop((screen, keys));
     match (result, last) {
         (Err(error), _) => {
             eprintln!("flannel-agent top: {error}");
@@ -61,7 +67,7 @@ async fn pages(command: &TopCommand, screen: &mut Screen) -> Result<(), String> 
         let page = match sight::look(&command.at).await {
             Ok(seen) => {
                 let after = Sample::of(&seen);
-                screen.last = if matches!(seen, Sight::Agent(_)) { Last::Agent } else { Last::Kernel };
+                screen.last = if matches!(seen, Sight::Kernel(_)) { Last::Kernel } else { Last::Agent };
                 let page = page(&seen, &before, &after, screen.rows());
                 before = after;
                 page
@@ -78,6 +84,13 @@ async fn pages(command: &TopCommand, screen: &mut Screen) -> Result<(), String> 
         shown += 1;
     }
     Ok(())
+}
+
+async fn quit(keys: &mut Option<Keys>) {
+    match keys {
+        Some(keys) => keys.pressed(QUIT).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn told_to_end() {
@@ -268,6 +281,10 @@ fn head(seen: &Sight) -> String {
             let held = duration(status.lease_held_for);
             format!("flannel-agent {}, {} held for {held}, {ready}", status.version, status.subnet)
         }
+        Sight::Starting(awaiting) => {
+            let Starting { version, not_ready, .. } = &awaiting.agent;
+            format!("flannel-agent {version} is STARTING: {}", not_ready.join("; "))
+        }
         Sight::Kernel(unattended) => format!("NO AGENT: {}", unattended.no_agent),
     }
 }
@@ -310,7 +327,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
-    use crate::commands::sight::Unattended;
+    use crate::commands::sight::{InKernel, Unattended};
     use crate::host::udp::unattended::UnattendedTunnel;
     use crate::host::udp::{Tier, TunnelReport};
 
@@ -340,15 +357,16 @@ mod tests {
         };
         Sight::Kernel(Unattended {
             no_agent: "none answers".to_owned(),
-            tunnels: vec![UnattendedTunnel {
-                network: "10.244.0.0/16".parse().unwrap(),
-                subnet: "10.244.9.0/24".parse().unwrap(),
-                address: Ipv4Addr::LOCALHOST,
-                mtu: 1472,
-                report,
-            }],
-            not_told: Vec::new(),
-            routes: Vec::new(),
+            kernel: InKernel {
+                tunnels: vec![UnattendedTunnel {
+                    network: "10.244.0.0/16".parse().unwrap(),
+                    subnet: "10.244.9.0/24".parse().unwrap(),
+                    address: Ipv4Addr::LOCALHOST,
+                    mtu: 1472,
+                    report,
+                }],
+                ..InKernel::default()
+            },
         })
     }
 

@@ -1,6 +1,13 @@
 //! `status` and `top`: of a running agent, and of what the kernel does without one.
 
-use std::process::Output;
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
+    process::{Command, ExitStatus, Output, Stdio},
+    thread::{scope, sleep},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
@@ -11,6 +18,15 @@ use flannel_tests::{
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
+use nix::{
+    pty::openpty,
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{Signal, kill},
+        termios::{LocalFlags, Termios, tcgetattr},
+    },
+    unistd::{Pid, setsid},
+};
 use serde_json::Value;
 
 const HOST_GW: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#;
@@ -35,6 +51,16 @@ pub(crate) fn trials() -> Vec<Trial> {
         "status_lists_the_routes_that_carry_on_without_an_agent",
         Lab::new("looks-gw").config(HOST_GW),
         routed,
+    ));
+    trials.push(scenario(
+        "status_of_an_agent_that_waits_for_its_store_says_so_at_once_and_what_is_carried_meanwhile",
+        Lab::new("looks-waiting"),
+        waiting,
+    ));
+    trials.push(scenario(
+        "top_on_a_terminal_ends_on_q_and_on_signals_and_leaves_the_terminal_as_it_was",
+        Lab::new("looks-top").hosts(1),
+        on_a_terminal,
     ));
     trials
 }
@@ -159,4 +185,127 @@ fn routed(lab: &mut Lab) -> Result<()> {
     let route = format!("{base}/24 via {}", lab.host(1).address());
     ensure!(code == Some(3) && text.contains(&route), "{code:?} {text}{said}");
     pings(lab, 5)
+}
+
+fn waiting(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["tc"; 2])?;
+    let base = lab.host(0).agent()?.subnet_env()?.base();
+    lab.host_mut(0).agent_mut()?.crash()?;
+    lab.datastore_mut().stop()?;
+    lab.host_mut(0).start_agent(&AgentOptions::new()?.datapath("tc"))?;
+    let started = Instant::now();
+    let starting = loop {
+        match json(lab.host(0), 0) {
+            Ok(value) if at(&value, "/not_ready").to_string().contains("etcd") => break value,
+            // Until the socket is there, and the first try has failed.
+            other => ensure!(started.elapsed() < LIMIT, "{other:?}"),
+        }
+        sleep(Duration::from_millis(20));
+    };
+    ensure!(at(&starting, "/starting") == true && at(&starting, "/ready") == false, "{starting}");
+    ensure!(at(&starting, "/tunnels/0/subnet") == format!("{base}/24"), "{starting}");
+    let (code, text, said) = ask(lab.host(0), &["status"])?;
+    ensure!(
+        code == Some(0) && text.contains("is starting") && text.contains("etcd"),
+        "{code:?} {text}{said}"
+    );
+    ensure!(text.contains("kernel    carries"), "{text}");
+    let (code, text, said) = ask(lab.host(0), &["top", "--interval=0.1", "--count=1"])?;
+    ensure!(code == Some(0) && text.contains("is STARTING"), "{code:?} {text}{said}");
+    let (code, _, said) = ask(lab.host(0), &["cleanup"])?;
+    ensure!(code == Some(1) && said.contains("an agent (pid"), "{code:?} {said}");
+    lab.datastore_mut().restart()?;
+    lab.host_mut(0).agent_mut()?.wait_ready()?;
+    ensure!(at(&json(lab.host(0), 0)?, "/starting").is_null());
+    Ok(())
+}
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+fn on_a_terminal(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["tc"])?;
+    for key in [b"q".as_slice(), b"xyz q"] {
+        let (status, shown) = top(lab.host(0), |terminal, _| Ok(terminal.write_all(key)?))?;
+        ensure!(status.success(), "{key:?}: {status}: {shown}");
+    }
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let (status, shown) = top(lab.host(0), |_, pid| Ok(kill(pid, signal)?))?;
+        ensure!(status.success(), "{signal}: {status}: {shown}");
+    }
+    Ok(())
+}
+
+/// Runs `top` on a terminal, ends it once a page was shown, and returns how it ended and all it wrote.
+fn top(host: &Host, end: impl FnOnce(&mut File, Pid) -> Result<()>) -> Result<(ExitStatus, String)> {
+    let pty = openpty(None, None).context("make a terminal")?;
+    let before = tcgetattr(pty.slave.as_fd())?;
+    let end_of_it = || -> Result<Stdio> { Ok(pty.slave.try_clone().context("clone a descriptor")?.into()) };
+    // A terminal belongs to a session, whose leader must not lead a process group before.
+    let mut command = Command::new(agent_binary()?);
+    command.args(["top", "--interval=0.1", &format!("--socket={}", host.files().socket().display())]);
+    command.stdin(end_of_it()?).stdout(end_of_it()?).stderr(end_of_it()?);
+    // SAFETY: all are system calls that a process just forked may make.
+    unsafe {
+        command.pre_exec(|| {
+            setsid()?;
+            set_pdeathsig(Signal::SIGKILL)?;
+            match libc::ioctl(0, libc::TIOCSCTTY, 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
+    let mut child = command.spawn().context("start top")?;
+    let pid = Pid::from_raw(i32::try_from(child.id())?);
+    let mut terminal = File::from(pty.master.try_clone().context("clone a descriptor")?);
+    let slave = &pty.slave;
+    scope(|scope| {
+        let mut output = File::from(pty.master.try_clone().context("clone a descriptor")?);
+        let (seen, page) = std::sync::mpsc::channel();
+        let reader = scope.spawn(move || {
+            let (mut shown, mut bytes) = (String::new(), [0; 4096]);
+            while let Ok(count @ 1..) = output.read(&mut bytes) {
+                shown.push_str(&String::from_utf8_lossy(bytes.get(..count).unwrap_or_default()));
+                if shown.contains("per second") {
+                    let _ = seen.send(());
+                }
+                if shown.ends_with(END) {
+                    break;
+                }
+            }
+            shown
+        });
+        let shows = page.recv_timeout(LIMIT);
+        let during = tcgetattr(slave.as_fd())?;
+        let ended = end(&mut terminal, pid);
+        let started = Instant::now();
+        let status = loop {
+            match child.try_wait().context("wait for top")? {
+                Some(status) => break status,
+                None if started.elapsed() > LIMIT => child.kill().context("end top")?,
+                None => sleep(Duration::from_millis(10)),
+            }
+        };
+        let after = tcgetattr(slave.as_fd())?;
+        // Ends the reader where top did not.
+        terminal.flush()?;
+        File::from(slave.try_clone()?).write_all(END.as_bytes())?;
+        let shown = reader.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?;
+        ended?;
+        shows.with_context(|| format!("no page was shown: {shown}"))?;
+        ensure!(!is_by_line(&during) && is_by_line(&before), "keys are not read one by one");
+        ensure!(after == before, "the terminal is not as it was: {before:?}, {after:?}");
+        ensure!(shown.contains(LEFT), "the alternate screen was not left: {shown}");
+        Ok((status, shown))
+    })
+}
+
+/// What the test writes last.
+const END: &str = "(end of the test)";
+
+/// Cursor shown, alternate screen left.
+const LEFT: &str = "\u{1b}[?25h\u{1b}[?1049l";
+
+fn is_by_line(terminal: &Termios) -> bool {
+    terminal.local_flags.contains(LocalFlags::ICANON | LocalFlags::ECHO)
 }

@@ -172,8 +172,8 @@ async fn live(
         path_mtu_lifetime: Duration::from_secs(600),
         company: Company::AmongNetworks,
     };
-    let (_ask, questions) = mpsc::channel(1);
-    Ok(Agent::new(node, host, options, health).run(Orders::default(), questions).await)
+    let (_ask, mut questions) = mpsc::channel(1);
+    Ok(Agent::new(node, host, options, health).run(Orders::default(), &mut questions).await)
 }
 
 /// A host whose only interface is the default route's.
