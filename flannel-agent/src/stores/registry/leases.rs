@@ -8,7 +8,7 @@ use futures_util::stream::BoxStream;
 use rand::Rng;
 
 use super::watch::Watcher;
-use super::{Deleted, Entry, Lifetime, Registry, RegistryError, Written, join};
+use super::{Deleted, Entry, Lifetime, Listing, Registry, RegistryError, Written, join};
 use crate::domain::allocator::{Choice, Taken, choose};
 use crate::domain::config::NetworkConfig;
 use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets};
@@ -30,6 +30,10 @@ pub(super) struct Held {
 
 pub(super) type HeldEntry = Arc<Mutex<Option<Held>>>;
 
+/// What our lease was chosen from, and our entry. The watch that begins right after takes it: with thousands of nodes a
+/// second list would take a good part of the start.
+pub(super) type Listed = Arc<Mutex<Option<(Instant, Listing)>>>;
+
 /// The leases of one network.
 pub(in crate::stores) struct RegistryStore {
     registry: Arc<dyn Registry>,
@@ -37,6 +41,7 @@ pub(in crate::stores) struct RegistryStore {
     folder: String,
     resync: Duration,
     held: HeldEntry,
+    listed: Listed,
 }
 
 impl RegistryStore {
@@ -49,6 +54,7 @@ impl RegistryStore {
             folder: join(prefix, "subnets/"),
             resync,
             held: HeldEntry::default(),
+            listed: Listed::default(),
         }
     }
 
@@ -79,13 +85,13 @@ impl RegistryStore {
     /// One run of contract §3.5; `None` when somebody was faster.
     async fn try_acquire(&self, request: &LeaseRequest) -> Result<Option<Lease>, StoreError> {
         let listing = self.registry.list(&self.folder).await.map_err(|error| self.failed(error))?;
-        let (mut leases, mut entries, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
-        for entry in listing.entries {
+        let Listing { mut entries, revision } = listing;
+        let (mut leases, mut unreadable) = (Vec::with_capacity(entries.len()), Vec::new());
+        for entry in &entries {
             let last = entry.key.strip_prefix(&self.folder).unwrap_or_default();
             match decode(&entry.key, last, &entry.value) {
                 Ok((subnets, attrs)) => {
                     leases.push(Lease { subnets, attrs, expires: None, revision: entry.revision });
-                    entries.push(entry);
                 }
                 Err(_) => unreadable.extend(last.parse::<Subnets>().ok()),
             }
@@ -126,8 +132,14 @@ impl RegistryStore {
                     }
                 }
             };
-            let written = written.map_err(|error| self.failed(error))?;
-            return Ok(written.map(|written| self.hold(subnets, attrs, written, asked)));
+            let Some(written) = written.map_err(|error| self.failed(error))? else { return Ok(None) };
+            let key = self.key(subnets);
+            entries.retain(|entry| entry.key != key);
+            let (value, lifetime) = (attrs.to_json().into_bytes(), written.lifetime);
+            entries.push(Entry { key, value, revision: written.revision, lifetime });
+            *self.listed.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some((asked, Listing { entries, revision }));
+            return Ok(Some(self.hold(subnets, attrs, written, asked)));
         }
     }
 
@@ -311,6 +323,8 @@ impl LeaseStore for RegistryStore {
     }
 
     fn watch(&self) -> BoxStream<'static, LeaseEvent> {
-        Watcher::new(self.registry.clone(), self.folder.clone(), self.held.clone(), self.resync).stream()
+        let watcher =
+            Watcher::new(self.registry.clone(), self.folder.clone(), self.held.clone(), self.resync);
+        watcher.beginning_with(self.listed.clone()).stream()
     }
 }

@@ -19,7 +19,7 @@ use std::time::Duration;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::time::{Instant, sleep_until};
 
-use super::leases::{Held, HeldEntry};
+use super::leases::{Held, HeldEntry, Listed};
 use super::{Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd};
 use crate::domain::lease::{Lease, LeaseEvent, Unreadable};
 use crate::stores::back_off::{BackOff, jittered};
@@ -27,6 +27,8 @@ use crate::stores::{LEASE_TTL, decode};
 
 /// A watch that lived this long was a good one: the next failure is a new one.
 const PROVEN: Duration = Duration::from_secs(10);
+/// What was listed longer ago is listed again.
+const FRESH: Duration = Duration::from_secs(5);
 /// When a compare could not be made although the watch lives.
 const COMPARE_AGAIN: Duration = Duration::from_secs(15);
 /// When a list is wanted, but nobody who writes to the store shall make us list without pause.
@@ -36,6 +38,7 @@ pub(super) struct Watcher {
     registry: Arc<dyn Registry>,
     folder: String,
     held: HeldEntry,
+    listed: Listed,
     resync: Duration,
     ready: VecDeque<LeaseEvent>,
     open: Option<Open>,
@@ -70,6 +73,7 @@ impl Watcher {
             registry,
             folder,
             held,
+            listed: Listed::default(),
             resync,
             ready: VecDeque::new(),
             open: None,
@@ -78,6 +82,11 @@ impl Watcher {
             retry_at: Instant::now(),
             away: false,
         }
+    }
+
+    /// A list that was just made serves as the first one.
+    pub(super) fn beginning_with(self, listed: Listed) -> Self {
+        Self { listed, ..self }
     }
 
     pub(super) fn stream(self) -> BoxStream<'static, LeaseEvent> {
@@ -130,7 +139,10 @@ impl Watcher {
     }
 
     async fn reopen(&mut self) -> Result<(), RegistryError> {
-        let listing = self.registry.list(&self.folder).await?;
+        let listing = match self.just_listed() {
+            Some(listing) => listing,
+            None => self.registry.list(&self.folder).await?,
+        };
         let notices = self.registry.watch(&self.folder, listing.revision).await?;
         let now = Instant::now();
         self.open = Some(Open { notices, since: now, compare_at: now + jittered(self.resync) });
@@ -139,6 +151,11 @@ impl Watcher {
         let snapshot = self.snapshot(listing).await;
         self.ready.push_back(snapshot);
         Ok(())
+    }
+
+    fn just_listed(&self) -> Option<Listing> {
+        let (at, listing) = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        (at.elapsed() < FRESH).then_some(listing)
     }
 
     async fn compare(&mut self) {
@@ -501,6 +518,31 @@ mod tests {
         let started = Instant::now();
         assert_eq!(watch.next().await, "snapshot [10.5.1.0-24] 0 unreadable");
         assert!(started.elapsed() < Duration::from_secs(380));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_list_our_lease_was_chosen_from_is_not_made_again() {
+        let listing =
+            Listing { entries: vec![entry("10.5.1.0-24", 9), entry("10.5.7.0-24", 12)], revision: 10 };
+        let listed: Listed = Arc::new(Mutex::new(Some((std::time::Instant::now(), listing))));
+        // Our own entry was written after the list, and comes once more with the changes behind it.
+        let said =
+            vec![Said::Put(10, "10.5.1.0-24"), Said::Put(11, "10.5.2.0-24"), Said::Put(12, "10.5.7.0-24")];
+        let script = Arc::new(Script { watches: Mutex::new([said].into()), ..Script::default() });
+        let watcher =
+            Watcher::new(script.clone(), FOLDER.into(), HeldEntry::default(), Duration::from_secs(300));
+        let events = watcher.beginning_with(listed.clone()).stream();
+        let mut watch = Watch { script, events };
+        assert_eq!(
+            [watch.next().await, watch.next().await, watch.next().await],
+            [
+                "snapshot [10.5.1.0-24 10.5.7.0-24] 0 unreadable",
+                "added 10.5.2.0-24 at 11",
+                "added 10.5.7.0-24 at 12"
+            ]
+        );
+        assert_eq!(watch.script.listed.load(Ordering::SeqCst), 0);
+        assert!(listed.lock().unwrap().is_none(), "it serves once");
     }
 
     #[tokio::test(start_paused = true)]
