@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -16,8 +17,15 @@ use crate::backends::BackendError;
 use crate::cli::{Settings, VERSION};
 use crate::domain::interface::InterfaceError;
 use crate::health::{self, Health};
-use crate::host::HostError;
+use crate::host::{HostError, memory};
 use crate::stores::StoreError;
+
+/// How often it is looked whether the start is over.
+const READY_LOOK: Duration = Duration::from_millis(250);
+/// After ready: other nodes' leases, the first look at what was made.
+const START_IS_OVER: Duration = Duration::from_millis(500);
+/// A little more than the time between two looks at the whole host.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(40);
 
 /// Why the daemon could not start.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +98,7 @@ async fn start_and_run(settings: Settings, stop: CancellationToken) -> Result<En
         serve::run(serve, &settings.store, &health, stop).await?;
         return Ok(End::Stopped);
     }
+    tokio::spawn(rest(health.clone()));
     let orders = Orders { stop, ..Orders::default() };
     if let Some(networks) = &settings.networks {
         health.forget();
@@ -105,6 +114,19 @@ async fn start_and_run(settings: Settings, stop: CancellationToken) -> Result<En
         claims: Claims::default(),
     };
     network.run(&settings, &orders).await
+}
+
+/// When the start is over, what only it needed is given back; from then on, what each burst of work leaves behind.
+async fn rest(health: Health) {
+    while !health.all_reasons().is_empty() {
+        tokio::time::sleep(READY_LOOK).await;
+    }
+    tokio::time::sleep(START_IS_OVER).await;
+    memory::give_back_code();
+    loop {
+        memory::give_back_free_memory();
+        tokio::time::sleep(GIVE_BACK_EVERY).await;
+    }
 }
 
 /// The first SIGINT or SIGTERM ends the daemon in order, a second one at once (contract §10.3).
