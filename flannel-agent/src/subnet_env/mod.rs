@@ -62,7 +62,8 @@ pub struct SubnetEnvError {
 }
 
 impl SubnetEnv {
-    /// Replaces the file at `path` in one step, durably; makes the directories above it as needed.
+    /// Replaces the file at `path` in one step, durably; makes the directories above it as needed. A file that says the
+    /// same already is left as it is.
     ///
     /// # Errors
     /// Says what was being done to which path. The old file is untouched then.
@@ -77,7 +78,16 @@ impl SubnetEnv {
             .create(directory)
             .map_err(failed("create the directory of"))?;
         let mode = match fs::metadata(path) {
-            Ok(old) if old.is_file() => old.permissions().mode() & 0o7777,
+            Ok(old) if old.is_file() => {
+                // After a restart it usually says the same, and making a file durable can take longer than the whole start.
+                let text = self.to_string();
+                if old.len() == text.len() as u64
+                    && fs::read(path).is_ok_and(|bytes| bytes == text.as_bytes())
+                {
+                    return Ok(());
+                }
+                old.permissions().mode() & 0o7777
+            }
             Ok(_) => return Err(failed("replace")(io::Error::other("it is there and not a regular file"))),
             Err(_) => FILE_MODE,
         };

@@ -199,6 +199,21 @@ fn a_replaced_file_keeps_its_mode_and_leaves_nothing_next_to_it() {
 }
 
 #[test]
+fn a_file_that_says_the_same_is_left_as_it_is() {
+    let scratch = scratch();
+    let path = scratch.path().join("subnet.env");
+    let file = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
+    example().write(&path).unwrap();
+    let first = file();
+    example().write(&path).unwrap();
+    assert_eq!(file(), first);
+    let other = SubnetEnv { mtu: example().mtu + 1, ..example() };
+    other.write(&path).unwrap();
+    assert_ne!(file(), first);
+    assert_eq!(fs::read_to_string(&path).unwrap(), other.to_string());
+}
+
+#[test]
 fn a_reader_never_sees_half_a_file() {
     let scratch = scratch();
     let path = scratch.path().join("subnet.env");
