@@ -14,11 +14,11 @@ pub struct Peer {
     pub node: u32,
     /// Interface the datagram leaves by.
     pub ifindex: u32,
-    /// Index into `PEER_COUNTERS`.
+    /// Which part of `PEER_COUNTERS` is its ([`place`]).
     pub index: u32,
 }
 
-/// Value of `PEER_COUNTERS`, one per CPU, in the units of [`Count`](crate::counter::Count). Received packets count when
+/// Value of `PEER_COUNTERS`, one per peer and CPU ([`place`]), in the units of [`Count`](crate::counter::Count). Received packets count when
 /// their source lies in the peer's subnet and they came from its node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -30,6 +30,8 @@ pub struct PeerCount {
     /// When the last packet was received, in nanoseconds of CLOCK_MONOTONIC at the resolution of the kernel's tick; 0 for
     /// never.
     pub last_seen: u64,
+    /// The kernel's tick at which `last_seen` was set: within one tick, the clock need not be read again.
+    pub tick: u64,
 }
 
 impl PeerCount {
@@ -42,6 +44,7 @@ impl PeerCount {
             rx_packets: self.rx_packets.wrapping_add(other.rx_packets),
             rx_bytes: self.rx_bytes.wrapping_add(other.rx_bytes),
             last_seen: self.last_seen.max(other.last_seen),
+            tick: self.tick.max(other.tick),
         }
     }
 }
@@ -60,8 +63,17 @@ pub struct PeerDrop {
 /// Entries of `PEER_DROPS`; allocated as they are needed, most peers have none.
 pub const MAX_PEER_DROPS: u32 = 16384;
 
-/// Entries of `PEERS` and `PEER_COUNTERS`.
+/// Entries of `PEERS`, and of `PEER_COUNTERS` for each CPU.
 pub const MAX_PEERS: u32 = 16384;
+
+/// Where `PEER_COUNTERS` has what this CPU counts for the peer of this [`Peer::index`]; `None` for an index that can't be.
+///
+/// An array with a part for each CPU, because making a per-CPU array takes an allocation per entry: 10 ms of a node's start.
+#[inline(always)]
+#[must_use]
+pub const fn place(index: u32, cpu: u32) -> Option<u32> {
+    if index < MAX_PEERS { Some(cpu.wrapping_mul(MAX_PEERS).wrapping_add(index)) } else { None }
+}
 
 #[cfg(feature = "user")]
 mod user {

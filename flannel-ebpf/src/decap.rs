@@ -29,7 +29,7 @@ pub(crate) fn ingress(mut skb: Skb) -> i32 {
     let settings = settings();
     match skb.metadata() {
         // Another XDP program may write metadata too: the mark alone proves nothing.
-        Some(XDP_MARK) if is_for_the_network(&mut skb, &settings) => {
+        Some(XDP_MARK) if is_for_the_network(&mut skb, settings) => {
             count(Counter::MarkSeen, skb.traffic(skb.len().wrapping_sub(ETHERNET as u32)));
             return skb.receive_on(settings.device);
         }
@@ -38,7 +38,7 @@ pub(crate) fn ingress(mut skb: Skb) -> i32 {
         }
         _ => {}
     }
-    decapsulate_here(skb, &settings)
+    decapsulate_here(skb, settings)
 }
 
 #[inline(always)]
@@ -99,7 +99,7 @@ pub(crate) fn xdp(mut frame: Frame) -> u32 {
     }
     let settings = settings();
     let probing = settings.flags & XDP_PROBE != 0;
-    let verdict = decapsulate(&settings, packet, peer);
+    let verdict = decapsulate(settings, packet, peer);
     let traffic = Traffic { packets: 1, bytes: u32::from(packet.inner.total_length()) };
     let delivery = match verdict {
         Verdict::NotOurs | Verdict::HandOn(_) => return XDP_PASS,
@@ -133,11 +133,11 @@ pub(crate) fn xdp(mut frame: Frame) -> u32 {
 fn strip(frame: &mut Frame, delivery: &Delivery) -> Option<()> {
     let received = frame.write::<Received>()?;
     delivery.rewrite.apply(&mut received.packet.inner);
-    let ethernet = received.ethernet;
+    let ethernet = received.ethernet.to_words();
     if !frame.cut(OVERHEAD) {
         return None;
     }
-    *frame.write::<Ethernet>()? = ethernet;
+    frame.write::<Ethernet>()?.set_words(ethernet);
     Some(())
 }
 

@@ -33,7 +33,7 @@ pub(crate) fn send(mut skb: Skb) -> i32 {
         count(Counter::NoPeer, traffic);
         return TC_ACT_OK;
     };
-    match encapsulate(&mut skb, &settings, &inner, &peer) {
+    match encapsulate(&mut skb, settings, &inner, &peer) {
         Ok(()) => {
             count(Counter::Encapsulated, traffic);
             count_sent(peer.index, traffic);

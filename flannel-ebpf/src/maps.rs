@@ -1,24 +1,29 @@
 //! The list of maps. Names, shapes and sizes are what the agent pins and takes over (`flannel_common::LAYOUT_VERSION`).
 
+use core::cell::UnsafeCell;
+
 use aya_ebpf::{
-    Global,
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    btf_maps::{DevMapHash, HashMap, PerCpuArray, PerCpuHashMap},
-    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
+    btf_maps::{Array, DevMapHash, HashMap, PerCpuArray, PerCpuHashMap},
+    helpers::{bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::btf_map,
 };
 use flannel_common::{
     counter::{Count, Counter, MAX_COUNTERS},
     header::NO_PEER,
-    peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey},
+    peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, place},
     pod::{MAX_PODS, PodKey, PortIndex},
     tunnel::{COARSE_CLOCK, Settings},
 };
 
 /// Read-only to the programs and frozen by the loader, so the verifier knows every value and drops the branches it
 /// excludes.
+///
+/// To the compiler it is memory that somebody else may have written (by its name it is reachable from outside), so that it
+/// does not put the zeros in place of it; and unlike with a volatile read, only what is used is loaded, where it is used.
 #[unsafe(no_mangle)]
-static SETTINGS: Global<Settings> = Global::new(Settings {
+#[unsafe(link_section = ".rodata")]
+static SETTINGS: Constants = Constants(UnsafeCell::new(Settings {
     local: 0,
     network: 0,
     network_mask: 0,
@@ -29,7 +34,13 @@ static SETTINGS: Global<Settings> = Global::new(Settings {
     gro_pair: 0,
     port: 0,
     flags: 0,
-});
+}));
+
+#[repr(transparent)]
+struct Constants(UnsafeCell<Settings>);
+
+// SAFETY: nobody writes to it after the programs were loaded.
+unsafe impl Sync for Constants {}
 
 /// Subnet → node; preallocated. The agent writes it.
 #[btf_map]
@@ -39,9 +50,9 @@ static PEERS: HashMap<PeerKey, Peer, { MAX_PEERS as usize }> = HashMap::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Count, { MAX_COUNTERS as usize }> = PerCpuArray::new();
 
-/// [`Peer::index`] → traffic with it.
+/// [`place`] → traffic with a peer, as one CPU counts it. The loader makes it as long as there are CPUs.
 #[btf_map]
-static PEER_COUNTERS: PerCpuArray<PeerCount, { MAX_PEERS as usize }> = PerCpuArray::new();
+static PEER_COUNTERS: Array<PeerCount, { MAX_PEERS as usize }> = Array::new();
 
 /// Peer and reason → packets dropped. Rare, so entries are made when the first packet is dropped.
 #[btf_map]
@@ -65,8 +76,9 @@ pub(crate) struct Traffic {
 }
 
 #[inline(always)]
-pub(crate) fn settings() -> Settings {
-    SETTINGS.load()
+pub(crate) fn settings() -> &'static Settings {
+    // SAFETY: as for `Sync`.
+    unsafe { &*SETTINGS.0.get() }
 }
 
 #[inline(always)]
@@ -97,7 +109,7 @@ pub(crate) fn count(counter: Counter, traffic: Traffic) {
 
 #[inline(always)]
 pub(crate) fn count_sent(index: u32, traffic: Traffic) {
-    if let Some(slot) = PEER_COUNTERS.get_ptr_mut(index) {
+    if let Some(slot) = peer_slot(index) {
         // SAFETY: as in `count`.
         let slot = unsafe { &mut *slot };
         slot.tx_packets += u64::from(traffic.packets);
@@ -107,13 +119,26 @@ pub(crate) fn count_sent(index: u32, traffic: Traffic) {
 
 #[inline(always)]
 pub(crate) fn count_received(index: u32, traffic: Traffic) {
-    if let Some(slot) = PEER_COUNTERS.get_ptr_mut(index) {
+    if let Some(slot) = peer_slot(index) {
         // SAFETY: as in `count`.
         let slot = unsafe { &mut *slot };
         slot.rx_packets += u64::from(traffic.packets);
         slot.rx_bytes += u64::from(traffic.bytes);
-        slot.last_seen = now();
+        // SAFETY: the helper has no preconditions. The verifier makes one load of it.
+        let tick = unsafe { bpf_jiffies64() };
+        if slot.tick != tick {
+            slot.tick = tick;
+            slot.last_seen = now();
+        }
     }
+}
+
+/// This CPU's counts of a peer.
+#[inline(always)]
+fn peer_slot(index: u32) -> Option<*mut PeerCount> {
+    // SAFETY: the helper has no preconditions. Programs stay on their CPU while they run.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    PEER_COUNTERS.get_ptr_mut(place(index, cpu)?)
 }
 
 /// A packet that is dropped, or would be, and the peer it belongs to as far as can be told.

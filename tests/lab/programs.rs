@@ -9,14 +9,14 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues},
+    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues},
     programs::{Program, ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
 use flannel_agent::host::udp::object::OBJECT;
 use flannel_common::{
     counter::{Count, Counter},
-    peer::{Peer, PeerCount, PeerDrop},
+    peer::{MAX_PEERS, Peer, PeerCount, PeerDrop, place},
     tunnel::Settings,
 };
 
@@ -88,6 +88,7 @@ impl Programs {
     pub fn load(settings: &Settings) -> Result<Self> {
         let mut ebpf = EbpfLoader::new()
             .override_global("SETTINGS", settings, true)
+            .map_max_entries("PEER_COUNTERS", cpus()? * MAX_PEERS)
             .load(OBJECT)
             .context("load the eBPF object")?;
         for (name, program) in ebpf.programs_mut().filter(|(name, _)| is_for_this_kernel(name)) {
@@ -192,8 +193,10 @@ impl Programs {
     /// The kernel's.
     pub fn peer_count(&self, index: u32) -> Result<PeerCount> {
         let map = self.ebpf.map("PEER_COUNTERS").context("no map PEER_COUNTERS")?;
-        let counts = PerCpuArray::<_, PeerCount>::try_from(map)?.get(&index, 0)?;
-        Ok(counts.iter().fold(PeerCount::default(), PeerCount::and))
+        let counts = Array::<_, PeerCount>::try_from(map)?;
+        (0..cpus()?)
+            .filter_map(|cpu| place(index, cpu))
+            .try_fold(PeerCount::default(), |sum, place| Ok(sum.and(&counts.get(&place, 0)?)))
     }
 
     /// Packets held against the peer of that index, by reason, since the object was loaded.
@@ -217,7 +220,7 @@ impl Programs {
     /// # Errors
     /// The kernel's.
     pub fn clear_counters(&mut self) -> Result<()> {
-        let zero = vec![Count::default(); nr_cpus().map_err(|(what, e)| anyhow::anyhow!("{what}: {e}"))?];
+        let zero = vec![Count::default(); cpus()? as usize];
         let mut counters =
             PerCpuArray::<_, Count>::try_from(self.ebpf.map_mut("COUNTERS").context("no map COUNTERS")?)?;
         for counter in Counter::ALL {
@@ -245,6 +248,11 @@ impl Programs {
     fn info(&self, program: &str) -> Result<ProgramInfo> {
         Ok(self.ebpf.program(program).with_context(|| format!("no program {program}"))?.info()?)
     }
+}
+
+fn cpus() -> Result<u32> {
+    let count = nr_cpus().map_err(|(what, e)| anyhow::anyhow!("{what}: {e}"))?;
+    Ok(u32::try_from(count)?)
 }
 
 impl Context {

@@ -122,6 +122,32 @@ impl Ethernet {
     pub const fn is_ipv4(&self) -> bool {
         u16::from_be_bytes(self.ethertype) == ETHERTYPE_IPV4
     }
+
+    /// The same bytes as three words. To be moved about so: a struct without alignment is copied byte by byte.
+    #[inline(always)]
+    #[must_use]
+    pub fn to_words(&self) -> (u64, u32, u16) {
+        let words: &Words = bytemuck::cast_ref(self);
+        (u64::from_ne_bytes(words.first), u32::from_ne_bytes(words.second), u16::from_ne_bytes(words.third))
+    }
+
+    /// The inverse of [`Self::to_words`].
+    #[inline(always)]
+    pub fn set_words(&mut self, (first, second, third): (u64, u32, u16)) {
+        let words: &mut Words = bytemuck::cast_mut(self);
+        words.first = first.to_ne_bytes();
+        words.second = second.to_ne_bytes();
+        words.third = third.to_ne_bytes();
+    }
+}
+
+/// An Ethernet header by lengths a machine can move.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Words {
+    first: [u8; 8],
+    second: [u8; 4],
+    third: [u8; 2],
 }
 
 /// A UDP header as it stands in a packet (RFC 768).

@@ -4,7 +4,6 @@
 use std::error::Error;
 use std::io;
 
-use aya::EbpfError;
 use aya::maps::MapError;
 use aya::pin::PinError;
 use aya::programs::ProgramError;
@@ -71,10 +70,6 @@ impl Refusal {
         Self { doing: doing.into(), reason, errno }
     }
 
-    pub(super) fn from_load(error: &EbpfError) -> Self {
-        Self::from_chain("load the eBPF object", error)
-    }
-
     pub(super) fn from_map(doing: impl Into<String>, error: &MapError) -> Self {
         Self::from_chain(doing, error)
     }
@@ -93,24 +88,25 @@ impl Refusal {
 
     pub(super) fn from_program(doing: impl Into<String>, error: &ProgramError) -> Self {
         match error {
-            ProgramError::LoadError { io_error, verifier_log } => {
-                let mut refusal = Self::from_io(doing, io_error);
-                let log = verifier_log.to_string();
-                let said = log.lines().rev().find(|line| !line.trim().is_empty() && !is_statistics(line));
-                if log.contains("prohibited for !root") {
-                    refusal.reason = format!("{}; needs CAP_PERFMON", refusal.reason);
-                }
-                if let Some(said) = said {
-                    refusal.reason = format!("{}; verifier: {}", refusal.reason, said.trim());
-                }
-                refusal
-            }
             ProgramError::XdpError(XdpError::NetlinkError(e))
             | ProgramError::TcError(TcError::NetlinkError(e))
             | ProgramError::NetlinkError(e) => Self::from_netlink(doing, e.raw_os_error(), e),
             ProgramError::TcError(e) => Self::from_chain(doing, e),
             e => Self::from_chain(doing, e),
         }
+    }
+
+    /// A program that was not accepted, with the last that the verifier said about it.
+    pub(super) fn from_verifier(doing: impl Into<String>, error: &io::Error, log: &str) -> Self {
+        let mut refusal = Self::from_io(doing, error);
+        let said = log.lines().rev().find(|line| !line.trim().is_empty() && !is_statistics(line));
+        if log.contains("prohibited for !root") {
+            refusal.reason = format!("{}; needs CAP_PERFMON", refusal.reason);
+        }
+        if let Some(said) = said {
+            refusal.reason = format!("{}; verifier: {}", refusal.reason, said.trim());
+        }
+        refusal
     }
 
     pub(super) fn from_tc(doing: impl Into<String>, error: &TcError) -> Self {

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use flannel_common::counter::{Count, Counter};
-use flannel_common::peer::PeerCount;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
@@ -83,14 +82,14 @@ impl Ledger<'_> {
     pub(super) fn peers(&self, peers: impl Iterator<Item = (Ipv4Net, Ipv4Addr)>) -> Vec<PeerReport> {
         let entries = self.kernel.and_then(|maps| maps.entries().ok()).unwrap_or_default();
         let mut dropped = self.kernel.map(OpenMaps::peer_drops).unwrap_or_default();
+        let in_use = entries.values().map(|peer| peer.index.saturating_add(1)).max().unwrap_or(0);
+        let counts = self.kernel.map(|maps| maps.peer_counts(in_use)).unwrap_or_default();
         let now = monotonic_now();
         peers
             .map(|(subnet, node)| {
                 let entry = entries.get(&subnet.network());
-                let in_kernel = match (self.kernel, entry) {
-                    (Some(maps), Some(peer)) => maps.peer_count(peer.index),
-                    _ => PeerCount::default(),
-                };
+                let counted = entry.and_then(|peer| counts.get(peer.index as usize));
+                let in_kernel = counted.copied().unwrap_or_default();
                 let in_user = self.user.and_then(|user| user.peers.get(&subnet)).cloned().unwrap_or_default();
                 let count = in_kernel.and(&in_user.traffic);
                 let mut drops = entry.and_then(|peer| dropped.remove(&peer.index)).unwrap_or_default();

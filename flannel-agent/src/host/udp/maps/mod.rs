@@ -6,6 +6,7 @@
 //! map of another layout version the peers are taken over, so that no packet is lost in between; counts begin anew.
 
 mod batch;
+mod cpus;
 mod foreign;
 mod open;
 
@@ -15,18 +16,15 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use aya::Ebpf;
 use aya::maps::xdp::XdpMapError;
-use aya::maps::{
-    DevMapHash, HashMap, IterableMap as _, Map, MapData, MapError, MapInfo, MapType, PerCpuValues,
-};
+use aya::maps::{DevMapHash, HashMap, IterableMap as _, Map, MapData, MapError, MapInfo, MapType};
 use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
-use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey};
+use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, place};
 use flannel_common::pod::{MAX_PODS, PodKey, PortIndex};
 
 pub use self::open::OpenMaps;
 use super::errno::Refusal;
-use super::programs::PinFolder;
+use super::programs::{LoadedMaps, PinFolder};
 
 /// The shape of a map: what must be equal for two agents to share it.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +36,15 @@ pub struct MapShape {
     kind: MapType,
     key: u32,
     value: u32,
-    entries: u32,
+    entries: Entries,
+}
+
+/// How many entries a map has.
+#[derive(Clone, Copy, Debug)]
+enum Entries {
+    Fixed(u32),
+    /// For each CPU.
+    PerCpu(u32),
 }
 
 /// Pin of the map of peers, the same in every layout version.
@@ -52,7 +58,7 @@ pub const SHAPES: [MapShape; 6] = [
         kind: MapType::Hash,
         key: size_of::<PeerKey>() as u32,
         value: size_of::<Peer>() as u32,
-        entries: MAX_PEERS,
+        entries: Entries::Fixed(MAX_PEERS),
     },
     MapShape {
         name: "COUNTERS",
@@ -60,15 +66,15 @@ pub const SHAPES: [MapShape; 6] = [
         kind: MapType::PerCpuArray,
         key: 4,
         value: size_of::<Count>() as u32,
-        entries: MAX_COUNTERS,
+        entries: Entries::Fixed(MAX_COUNTERS),
     },
     MapShape {
         name: "PEER_COUNTERS",
         pin: "peer_counters",
-        kind: MapType::PerCpuArray,
+        kind: MapType::Array,
         key: 4,
         value: size_of::<PeerCount>() as u32,
-        entries: MAX_PEERS,
+        entries: Entries::PerCpu(MAX_PEERS),
     },
     MapShape {
         name: "PEER_DROPS",
@@ -76,7 +82,7 @@ pub const SHAPES: [MapShape; 6] = [
         kind: MapType::PerCpuHash,
         key: size_of::<PeerDrop>() as u32,
         value: 8,
-        entries: MAX_PEER_DROPS,
+        entries: Entries::Fixed(MAX_PEER_DROPS),
     },
     MapShape {
         name: "PODS",
@@ -84,7 +90,7 @@ pub const SHAPES: [MapShape; 6] = [
         kind: MapType::Hash,
         key: size_of::<PodKey>() as u32,
         value: size_of::<PortIndex>() as u32,
-        entries: MAX_PODS,
+        entries: Entries::Fixed(MAX_PODS),
     },
     MapShape {
         name: "PORTS",
@@ -92,15 +98,32 @@ pub const SHAPES: [MapShape; 6] = [
         kind: MapType::DevMapHash,
         key: size_of::<PortIndex>() as u32,
         value: 8,
-        entries: MAX_PODS,
+        entries: Entries::Fixed(MAX_PODS),
     },
 ];
 
 impl MapShape {
     /// Takes the map of this name out of a loaded object.
-    fn take(&self, ebpf: &mut Ebpf) -> Result<Map, Refusal> {
-        ebpf.take_map(self.name)
-            .ok_or_else(|| Refusal::new(format!("open map {}", self.name), "the eBPF object has no such map"))
+    fn take(&self, loaded: &mut LoadedMaps) -> Result<Map, Refusal> {
+        let doing = || format!("open map {}", self.name);
+        match loaded.take(self.name) {
+            Some(map) => map.map_err(|e| Refusal::from_map(doing(), &e)),
+            None => Err(Refusal::new(doing(), "the eBPF object has no such map")),
+        }
+    }
+
+    /// What to ask the kernel for, with the flags that the object wants; `None` when the object wants another kind of map.
+    pub(super) fn definition(&self, wanted: &aya_obj::Map) -> Option<aya_obj::Map> {
+        let (kind, flags) = (self.kind as u32, wanted.map_flags());
+        (wanted.map_type() == kind)
+            .then(|| aya_obj::Map::new_from_params(kind, self.key, self.value, self.entries(), flags))
+    }
+
+    fn entries(&self) -> u32 {
+        match self.entries {
+            Entries::Fixed(entries) => entries,
+            Entries::PerCpu(entries) => entries.saturating_mul(cpus::highest().saturating_add(1)),
+        }
     }
 
     /// What differs, in words; `None` when the map can be used.
@@ -111,7 +134,7 @@ impl MapShape {
         [
             ("key size", info.key_size(), self.key),
             ("value size", info.value_size(), self.value),
-            ("entries", info.max_entries(), self.entries),
+            ("entries", info.max_entries(), self.entries()),
         ]
         .into_iter()
         .find(|(_, is, wanted)| is != wanted)
@@ -159,15 +182,17 @@ impl Maps {
     ///
     /// # Errors
     /// The object has other maps than this agent was built for, or the kernel refuses to read them.
-    pub fn take(ebpf: &mut Ebpf) -> Result<Self, Refusal> {
-        let open = OpenMaps::of(ebpf)?;
+    pub fn take(mut loaded: LoadedMaps) -> Result<Self, Refusal> {
+        let [_, _, counts, drops, ..] = &SHAPES;
+        let counts_are_new = loaded.is_new(counts.name) && loaded.is_new(drops.name);
+        let open = OpenMaps::of(&mut loaded)?;
         let wrong = |e: MapError| Refusal::from_map("open the maps of the eBPF object", &e);
         let [.., pods, ports] = &SHAPES;
         let mut maps = Self {
             open,
-            pods: HashMap::try_from(pods.take(ebpf)?).map_err(wrong)?,
-            ports: DevMapHash::try_from(ports.take(ebpf)?).map_err(wrong)?,
-            indexes: Indexes::default(),
+            pods: HashMap::try_from(pods.take(&mut loaded)?).map_err(wrong)?,
+            ports: DevMapHash::try_from(ports.take(&mut loaded)?).map_err(wrong)?,
+            indexes: if counts_are_new { Indexes::of_new_maps() } else { Indexes::default() },
             digest: 0,
         };
         maps.adopt_indexes()?;
@@ -234,7 +259,7 @@ impl Maps {
         if seen != self.digest {
             self.digest = seen;
             // Places of entries that somebody deleted are free again.
-            self.indexes = Indexes::default();
+            self.indexes.clear();
             for peer in entries.values() {
                 self.indexes.take(peer.index);
             }
@@ -277,16 +302,24 @@ impl Maps {
             .indexes
             .lowest_free()
             .ok_or_else(|| Refusal::new(doing(), format!("the map holds at most {MAX_PEERS} peers")))?;
-        let cpus = self.open.peer_counters.get(&index, 0).map_err(|e| Refusal::from_map(doing(), &e))?.len();
-        let zeros = PerCpuValues::try_from(vec![PeerCount::default(); cpus])
-            .map_err(|e: io::Error| Refusal::from_io(doing(), &e))?;
-        self.open.peer_counters.set(index, zeros, 0).map_err(|e| Refusal::from_map(doing(), &e))?;
-        for reason in Counter::ALL {
-            let key = PeerDrop { peer: index, reason: *reason as u32 };
-            ignore_missing(self.open.peer_drops.remove(&key)).map_err(|e| Refusal::from_map(doing(), &e))?;
+        if self.indexes.may_have_counts(index) {
+            self.forget_counts(index).map_err(|e| Refusal::from_map(doing(), &e))?;
         }
         self.indexes.take(index);
         Ok(index)
+    }
+
+    fn forget_counts(&mut self, index: u32) -> Result<(), MapError> {
+        for place in (0..=cpus::highest()).filter_map(|cpu| place(index, cpu)) {
+            self.open.peer_counters.set(place, PeerCount::default(), 0)?;
+        }
+        if self.open.peer_drops.keys().next().is_some() {
+            for reason in Counter::ALL {
+                let key = PeerDrop { peer: index, reason: *reason as u32 };
+                ignore_missing(self.open.peer_drops.remove(&key))?;
+            }
+        }
+        Ok(())
     }
 
     /// That there is no entry is a success.
@@ -410,17 +443,42 @@ pub(super) fn from_wire(address: u32) -> Ipv4Addr {
 }
 
 /// Places in `PEER_COUNTERS`.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Indexes {
     taken: BTreeSet<u32>,
     /// Every index below is taken.
     floor: u32,
+    /// From here on none was ever taken since the maps were made, and so nothing is counted there.
+    untouched: u32,
+}
+
+impl Default for Indexes {
+    /// Of maps with a past.
+    fn default() -> Self {
+        Self { taken: BTreeSet::new(), floor: 0, untouched: MAX_PEERS }
+    }
 }
 
 impl Indexes {
+    fn of_new_maps() -> Self {
+        Self { untouched: 0, ..Self::default() }
+    }
+
+    fn may_have_counts(&self, index: u32) -> bool {
+        index < self.untouched
+    }
+
+    /// None is taken any more.
+    fn clear(&mut self) {
+        *self = Self { untouched: self.untouched, ..Self::default() };
+    }
+
     /// False when it is taken already or does not exist.
     fn take(&mut self, index: u32) -> bool {
         let taken = index < MAX_PEERS && self.taken.insert(index);
+        if taken {
+            self.untouched = self.untouched.max(index + 1);
+        }
         while self.taken.contains(&self.floor) {
             self.floor += 1;
         }
@@ -453,6 +511,18 @@ mod tests {
         assert_eq!(indexes.lowest_free(), Some(4));
         indexes.free(1);
         assert_eq!(indexes.lowest_free(), Some(1));
+    }
+
+    #[test]
+    fn only_an_index_that_was_never_taken_in_new_maps_is_sure_to_have_no_counts() {
+        let mut indexes = Indexes::of_new_maps();
+        assert!(!indexes.may_have_counts(0));
+        assert!(indexes.take(0) && indexes.take(1));
+        indexes.free(1);
+        assert!(indexes.may_have_counts(1) && !indexes.may_have_counts(2));
+        indexes.clear();
+        assert!(indexes.may_have_counts(0) && !indexes.may_have_counts(2));
+        assert!(Indexes::default().may_have_counts(MAX_PEERS - 1));
     }
 
     #[test]

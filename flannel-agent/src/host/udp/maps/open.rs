@@ -3,27 +3,26 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use aya::Ebpf;
-use aya::maps::{HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
+use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
 use flannel_common::counter::{Count, Counter};
-use flannel_common::peer::{Peer, PeerCount, PeerDrop, PeerKey};
+use flannel_common::peer::{MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, place};
 
-use super::{MapShape, SHAPES, batch, from_wire, to_wire};
+use super::{MapShape, SHAPES, batch, cpus, from_wire, to_wire};
 use crate::host::udp::errno::Refusal;
-use crate::host::udp::programs::PinFolder;
+use crate::host::udp::programs::{LoadedMaps, PinFolder};
 
 /// The peers, and every map that counts.
 pub struct OpenMaps {
     pub(super) peers: HashMap<MapData, PeerKey, Peer>,
     counters: PerCpuArray<MapData, Count>,
-    pub(super) peer_counters: PerCpuArray<MapData, PeerCount>,
+    pub(super) peer_counters: Array<MapData, PeerCount>,
     pub(super) peer_drops: PerCpuHashMap<MapData, PeerDrop, u64>,
 }
 
 impl OpenMaps {
     /// Takes them out of a loaded object.
-    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, Refusal> {
-        Self::each(|shape| shape.take(ebpf))
+    pub(super) fn of(loaded: &mut LoadedMaps) -> Result<Self, Refusal> {
+        Self::each(|shape| shape.take(loaded))
     }
 
     /// Opens what is pinned, and changes nothing.
@@ -50,7 +49,7 @@ impl OpenMaps {
         Ok(Self {
             peers: HashMap::try_from(open(peers)?).map_err(wrong)?,
             counters: PerCpuArray::try_from(open(counters)?).map_err(wrong)?,
-            peer_counters: PerCpuArray::try_from(open(peer_counters)?).map_err(wrong)?,
+            peer_counters: Array::try_from(open(peer_counters)?).map_err(wrong)?,
             peer_drops: PerCpuHashMap::try_from(open(peer_drops)?).map_err(wrong)?,
         })
     }
@@ -98,11 +97,23 @@ impl OpenMaps {
     /// Sum over all CPUs for the peer with this index; zero when it can't be read.
     #[must_use]
     pub fn peer_count(&self, index: u32) -> PeerCount {
-        let values = self.peer_counters.get(&index, 0);
-        values.map_or_else(
-            |_| PeerCount::default(),
-            |values| values.iter().fold(PeerCount::default(), PeerCount::and),
-        )
+        (0..=cpus::highest())
+            .filter_map(|cpu| self.peer_counters.get(&place(index, cpu)?, 0).ok())
+            .fold(PeerCount::default(), |sum, cpu| sum.and(&cpu))
+    }
+
+    /// Sums over all CPUs for the first `peers` indexes, in few system calls; zero where they can't be read.
+    #[must_use]
+    pub fn peer_counts(&self, peers: u32) -> Vec<PeerCount> {
+        let peers = peers.min(MAX_PEERS) as usize;
+        let mut sums = vec![PeerCount::default(); peers];
+        for first in (0..=cpus::highest()).filter_map(|cpu| place(0, cpu)) {
+            let counts = batch::counts(self.peer_counters.map(), first, peers);
+            for (sum, count) in sums.iter_mut().zip(counts.iter().flatten()) {
+                *sum = sum.and(count);
+            }
+        }
+        sums
     }
 
     /// Packets dropped on all CPUs, by peer index and reason. What can't be read, or is no reason this agent knows, is left out.

@@ -9,8 +9,11 @@
 
 mod clsact;
 pub mod inspect;
+mod load;
 mod pins;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::path::Path;
 
@@ -18,13 +21,14 @@ use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode};
-use aya::{Ebpf, EbpfLoader};
 use flannel_common::tunnel::Settings;
 
 use super::errno::Refusal;
-use super::maps::{self, Maps, SHAPES};
+use super::maps::{self, Maps};
 use super::object;
 use inspect::LinkKind;
+pub use load::LoadedMaps;
+use load::{Accepted, Loadable};
 pub use pins::{LinkPin, PinFolder, ensure_bpffs};
 
 // linux/bpf.h, enum bpf_attach_type
@@ -114,8 +118,10 @@ pub enum TcKind {
 
 /// Loaded programs with one set of settings.
 pub struct Programs {
-    ebpf: Ebpf,
+    loadable: Loadable,
+    accepted: BTreeMap<&'static str, Accepted>,
     settings: Settings,
+    pins: PinFolder,
 }
 
 impl Programs {
@@ -130,15 +136,9 @@ impl Programs {
         }
         lift_memory_lock_limit();
         maps::discard_strangers(pins)?;
-        let mut loader = EbpfLoader::new();
-        // Nothing in the object is relocated against the kernel's types, and reading them takes longest.
-        loader.btf(None).override_global("SETTINGS", &settings, true);
-        for shape in &SHAPES {
-            loader.map_pin_path(shape.name, pins.map(shape.pin));
-        }
-        let mut ebpf = loader.load(object::OBJECT).map_err(|e| Refusal::from_load(&e))?;
-        let maps = Maps::take(&mut ebpf)?;
-        let mut programs = Self { ebpf, settings };
+        let (loadable, loaded) = Loadable::open(&settings, pins)?;
+        let maps = Maps::take(loaded)?;
+        let mut programs = Self { loadable, accepted: BTreeMap::new(), settings, pins: pins.clone() };
         programs.classifier(ENCAP)?;
         programs.classifier(INGRESS)?;
         Ok((programs, maps))
@@ -354,24 +354,33 @@ impl Programs {
     }
 
     fn id(&self, name: &str) -> Option<u32> {
-        Some(self.ebpf.program(name)?.info().ok()?.id())
+        let info = match self.accepted.get(name)? {
+            Accepted::Classifier(program) => program.info(),
+            Accepted::Xdp(program) => program.info(),
+        };
+        Some(info.ok()?.id())
     }
 
     fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, Refusal> {
-        let doing = || format!("load {name}");
-        let program = self.ebpf.program_mut(name).ok_or_else(|| Refusal::new(doing(), MISSING))?;
-        let program: &mut SchedClassifier =
-            program.try_into().map_err(|e| Refusal::from_program(doing(), &e))?;
-        loaded(program.load()).map_err(|e| Refusal::from_program(doing(), &e))?;
-        Ok(program)
+        match self.accepted(name)? {
+            Accepted::Classifier(program) => Ok(program),
+            Accepted::Xdp(_) => Err(Refusal::new(format!("load {name}"), "it is an XDP program")),
+        }
     }
 
     fn xdp(&mut self, name: &'static str) -> Result<&mut Xdp, Refusal> {
-        let doing = || format!("load {name}");
-        let program = self.ebpf.program_mut(name).ok_or_else(|| Refusal::new(doing(), MISSING))?;
-        let program: &mut Xdp = program.try_into().map_err(|e| Refusal::from_program(doing(), &e))?;
-        loaded(program.load()).map_err(|e| Refusal::from_program(doing(), &e))?;
-        Ok(program)
+        match self.accepted(name)? {
+            Accepted::Xdp(program) => Ok(program),
+            Accepted::Classifier(_) => Err(Refusal::new(format!("load {name}"), "it is a tc program")),
+        }
+    }
+
+    /// Loads it when it is needed first.
+    fn accepted(&mut self, name: &'static str) -> Result<&mut Accepted, Refusal> {
+        Ok(match self.accepted.entry(name) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(self.loadable.load(name, &self.pins)?),
+        })
     }
 }
 
@@ -396,13 +405,6 @@ pub fn has_clsact(name: &'static str, hook: &Hook<'_>) -> bool {
 #[must_use]
 pub fn clsact_program(name: &'static str, hook: &Hook<'_>) -> Option<u32> {
     clsact::find(hook).ok().flatten().filter(|filter| filter.name == name)?.program
-}
-
-fn loaded(result: Result<(), ProgramError>) -> Result<(), ProgramError> {
-    match result {
-        Err(ProgramError::AlreadyLoaded) => Ok(()),
-        result => result,
-    }
 }
 
 /// What a pin had to offer.

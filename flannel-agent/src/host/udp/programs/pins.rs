@@ -24,6 +24,8 @@ use crate::host::udp::ethtool::{Feature, Switch};
 const LINK_PREFIX: &str = "link_";
 /// Ends the name of a link that is about to take another one's place.
 const SUCCESSOR: &str = "_next";
+/// Where a program is pinned for a moment while it is loaded.
+const PASSAGE: &str = "loading";
 /// Folder of notes on changed offloads.
 const CHANGED: &str = "changed";
 /// Folder that says: XDP's marks did not arrive here.
@@ -34,7 +36,7 @@ const XDP_DISPROVED: &str = "xdp_disproved";
 pub struct PinFolder {
     /// `<bpffs>/flannel/<device>`
     device: PathBuf,
-    /// `<bpffs>/flannel/<device>/v2`
+    /// `<bpffs>/flannel/<device>/v3`
     current: PathBuf,
 }
 
@@ -177,6 +179,10 @@ impl PinFolder {
     #[must_use]
     pub fn map(&self, name: &str) -> PathBuf {
         self.current.join(name)
+    }
+
+    pub(super) fn passage(&self) -> PathBuf {
+        self.current.join(PASSAGE)
     }
 
     /// Detaches a link and removes its pin. Gone already is a success.
@@ -362,7 +368,7 @@ pub(super) fn drop_link(path: &Path) -> io::Result<()> {
     ignore_missing(fs::remove_file(path))
 }
 
-fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+pub(super) fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,

@@ -67,6 +67,7 @@ impl Traffic {
             rx_packets: self.rx_packets.load(Relaxed),
             rx_bytes: self.rx_bytes.load(Relaxed),
             last_seen: self.last_seen.load(Relaxed),
+            tick: 0,
         }
     }
 }
