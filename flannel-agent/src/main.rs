@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Parsed::Command(Command::Cleanup(command)) => on_runtime(commands::cleanup::run(&command)),
         Parsed::Command(Command::Reservations(command)) => on_runtime(commands::reservations::run(&command)),
         Parsed::Command(Command::Migrate(command)) => on_runtime(commands::migrate::run(&command)),
+        Parsed::Command(Command::MigrateEtcd(command)) => on_runtime(commands::migrate_etcd::run(&command)),
         Parsed::Daemon(settings) => {
             memory::give_back_what_is_freed();
             log_to_stderr(&settings);

@@ -20,6 +20,7 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::etcd_v2::V2Keys;
 use crate::namespace::Namespace;
 
 /// Prefix of every key (flanneld's default).
@@ -77,6 +78,8 @@ impl Datastore {
             .namespace
             .command("etcd")
             // Outside x86-64 etcd 3.4 wants to be asked for; without effect elsewhere.
+            // Both APIs where it has both; of no effect from 3.6.
+            .env("ETCD_ENABLE_V2", "true")
             .env("ETCD_UNSUPPORTED_ARCH", std::env::consts::ARCH.replace("aarch64", "arm64"))
             .args(["--name", "lab", "--log-level", "warn", "--logger", "zap", "--log-outputs", "stderr"])
             .arg("--data-dir")
@@ -136,6 +139,14 @@ impl Datastore {
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// The keys of the v2 API.
+    pub fn v2(&self) -> V2Keys {
+        let (namespace, address) = (self.namespace.clone(), SocketAddr::from((self.address, CLIENT_PORT)));
+        V2Keys::new(move || {
+            namespace.run(|| Ok(TcpStream::connect_timeout(&address, Duration::from_secs(5))?))
+        })
     }
 
     /// Publishes the network configuration (JSON).

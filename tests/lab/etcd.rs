@@ -4,7 +4,7 @@
 //! certificates. Starts in about a second.
 
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+use crate::etcd_v2::V2Keys;
 
 /// How long a start may take on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -27,11 +29,13 @@ pub struct Setup {
     /// 2379 in a namespace of its own; any free port when `None`.
     pub port: Option<u16>,
     pub tls: Option<ServerTls>,
+    /// Has the v2 API too.
+    pub v2: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { address: Ipv4Addr::LOCALHOST.into(), port: None, tls: None }
+        Self { address: Ipv4Addr::LOCALHOST.into(), port: None, tls: None, v2: true }
     }
 }
 
@@ -122,7 +126,8 @@ impl Etcd {
         let (client, peer) = (self.endpoint(), format!("http://{}", self.peer));
         let mut command = Command::new("etcd");
         command
-            .args(["--name", "lab", "--enable-v2=true", "--logger", "zap", "--log-outputs", "stderr"])
+            .arg(format!("--enable-v2={}", self.setup.v2))
+            .args(["--name", "lab", "--logger", "zap", "--log-outputs", "stderr"])
             .args(["--log-level", "warn", "--max-txn-ops", "10240"])
             // One member agrees with itself quickly.
             .args(["--heartbeat-interval", "20", "--election-timeout", "200"])
@@ -165,6 +170,12 @@ impl Etcd {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// The keys of the other API; without TLS.
+    pub fn v2(&self) -> V2Keys {
+        let address = self.client;
+        V2Keys::new(move || Ok(TcpStream::connect_timeout(&address, Duration::from_secs(5))?))
+    }
+
     /// Forgets all history before the newest revision.
     pub fn compact(&self, revision: i64) -> Result<()> {
         self.ctl(&["compaction", "--physical=true", &revision.to_string()]).map(drop)
@@ -183,6 +194,17 @@ impl Etcd {
         self.ctl(&["user", "add", &format!("root:{password}")])?;
         self.ctl(&["user", "grant-role", "root", "root"])?;
         self.ctl(&["auth", "enable"]).map(drop)
+    }
+
+    /// The same for the v2 API, which has users of its own: only `root` may do anything from then on.
+    pub fn require_v2_password(&self, password: &str) -> Result<()> {
+        let v2 = self.v2();
+        let user = serde_json::json!({"user": "root", "password": password});
+        v2.put_json("/v2/auth/users/root", &user.to_string())?;
+        v2.put_json("/v2/auth/enable", "")?;
+        let revoke =
+            serde_json::json!({"role": "guest", "revoke": {"kv": {"read": ["/*"], "write": ["/*"]}}});
+        v2.with_login("root", password).put_json("/v2/auth/roles/guest", &revoke.to_string()).map(drop)
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {

@@ -27,6 +27,7 @@ use anyhow::{Context as _, Result};
 pub mod agent;
 pub mod bpf;
 pub mod datastore;
+pub mod etcd_v2;
 pub mod lease_server;
 pub mod namespace;
 pub mod pods;

@@ -5,11 +5,11 @@
 
 use clap::{ArgAction, Args, CommandFactory, Parser};
 
+use super::etcd::EtcdFlags;
 use super::go;
 use super::go::Kind;
 use super::kube::KubeFlags;
 use super::server::{NetworksFlags, ServerFlags};
-use super::settings::Secret;
 use crate::domain::host_state::{Datapath, SourceCheck, SourcePort};
 use crate::domain::interface::Pattern;
 
@@ -49,35 +49,6 @@ pub(super) struct Flags {
 }
 
 #[derive(Args)]
-#[command(next_help_heading = "Leases in etcd")]
-pub(super) struct EtcdFlags {
-    /// Endpoints, separated by commas and without spaces; any that answers will do
-    #[arg(long, value_name = "URLS", default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379")]
-    pub(super) etcd_endpoints: String,
-    /// Where the network's keys are
-    #[arg(long, value_name = "KEY", default_value = "/coreos.com/network")]
-    pub(super) etcd_prefix: String,
-    /// Certificate authority that signed etcd's certificate (PEM)
-    #[arg(long, value_name = "FILE")]
-    pub(super) etcd_cafile: Option<String>,
-    /// This node's certificate for etcd (PEM); needs --etcd-keyfile
-    #[arg(long, value_name = "FILE")]
-    pub(super) etcd_certfile: Option<String>,
-    /// The key of --etcd-certfile (PEM)
-    #[arg(long, value_name = "FILE")]
-    pub(super) etcd_keyfile: Option<String>,
-    /// User to log in to etcd as
-    #[arg(long, value_name = "NAME")]
-    pub(super) etcd_username: Option<String>,
-    /// Its password; better given as FLANNELD_ETCD_PASSWORD, which a process list does not show
-    #[arg(long, value_name = "TEXT")]
-    pub(super) etcd_password: Option<Secret>,
-    /// Renew the lease this many minutes before it ends, 1 to 1439
-    #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = go::integer)]
-    pub(super) subnet_lease_renew_margin: i64,
-}
-
-#[derive(Args)]
 #[command(
     next_help_heading = "The interface to the other nodes (tried in this order; else the default route's)"
 )]
@@ -106,6 +77,9 @@ pub(super) struct NodeFlags {
     /// File to write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to
     #[arg(long, value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub(super) subnet_file: String,
+    /// Renew the lease this many minutes before it ends, 1 to 1439
+    #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = go::integer)]
+    pub(super) subnet_lease_renew_margin: i64,
     /// Address to serve /healthz and /readyz on
     #[arg(long, value_name = "IP", default_value = "0.0.0.0")]
     pub(super) healthz_ip: String,

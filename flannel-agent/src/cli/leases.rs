@@ -1,10 +1,11 @@
-//! `reservations` and `migrate`: subcommands about what a store has.
+//! `reservations`, `migrate` and `migrate-etcd`: subcommands about what a store has.
 //!
 //! Which store, they are told by the daemon's own flags and variables, behind their own words: the flags of a unit or a
 //! manifest can be used as they are.
 
 use std::path::PathBuf;
 
+use super::etcd::{EtcdApi, EtcdSettings};
 use super::settings::StoreSettings;
 use super::{Environment, Parsed, Stream, daemon};
 use crate::domain::lease::{Reservation, Subnets};
@@ -34,6 +35,15 @@ pub struct MigrateCommand {
     pub dry_run: bool,
     /// How to reach etcd, wherever it is one of both.
     pub store: Box<StoreSettings>,
+}
+
+/// `migrate-etcd`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrateEtcdCommand {
+    pub dry_run: bool,
+    /// Keep both keyspaces alike until it is ended.
+    pub follow: bool,
+    pub etcd: EtcdSettings,
 }
 
 /// Where leases are moved from or to.
@@ -70,6 +80,19 @@ Usage: flannel-agent migrate --from=PLACE --to=PLACE [--dry-run] [ETCD FLAGS]
 
 Nothing is overwritten: what is there already and the same is left, what is there and differs is named and makes the exit
 code 1. It can be run again.
+";
+
+const MIGRATE_ETCD_HELP: &str = "\
+Copy configurations and leases of all networks from etcd's v2 keyspace to v3's, with what they have left to live
+
+Usage: flannel-agent migrate-etcd [--dry-run | --follow] [ETCD FLAGS]
+
+  --dry-run   only say what would be done
+  --follow    then keep both keyspaces alike, in both directions, until it is ended: nodes in either see those in the other
+  ETCD FLAGS  the daemon's: --etcd-endpoints, --etcd-prefix and so on; variables count too
+
+Nothing in v3 is overwritten: what is in the way is named, and then nothing is copied and the exit code is 1. It can be run
+again. v2 stays as it is. README, \"From v2 to v3\", has the steps.
 ";
 
 fn wrong(command: &str, text: &str) -> Parsed {
@@ -198,6 +221,26 @@ pub(super) fn migrate(words: &[String], env: &Environment) -> Parsed {
     };
     match store(words, env) {
         Ok(store) => Parsed::Command(super::Command::Migrate(MigrateCommand { from, to, dry_run, store })),
+        Err(parsed) => *parsed,
+    }
+}
+
+pub(super) fn migrate_etcd(words: &[String], env: &Environment) -> Parsed {
+    const COMMAND: &str = "migrate-etcd";
+    let mut words = Words { rest: words.to_vec() };
+    if words.flag("--help") || words.flag("-h") {
+        return help(MIGRATE_ETCD_HELP);
+    }
+    let (dry_run, follow) = (words.flag("--dry-run"), words.flag("--follow"));
+    if dry_run && follow {
+        return wrong(COMMAND, "--dry-run changes nothing, so there is nothing to --follow");
+    }
+    match store(words, env).map(|store| *store) {
+        Ok(StoreSettings::Etcd(etcd)) if etcd.api == EtcdApi::Auto => {
+            Parsed::Command(super::Command::MigrateEtcd(MigrateEtcdCommand { dry_run, follow, etcd }))
+        }
+        Ok(StoreSettings::Etcd(_)) => wrong(COMMAND, "leave out -etcd-api: both keyspaces are meant"),
+        Ok(_) => wrong(COMMAND, "leave out what names another store: both keyspaces of an etcd are meant"),
         Err(parsed) => *parsed,
     }
 }

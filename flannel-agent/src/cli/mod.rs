@@ -7,6 +7,7 @@
 //! Where flanneld is silent about a mistake, this is not (contract §14, T2, T3): an unknown flag, a stray word, a
 //! bad variable or a feature that is not built yet ends with code 2 and a sentence that names it.
 
+mod etcd;
 mod flags;
 mod go;
 mod kube;
@@ -24,16 +25,15 @@ use std::time::Duration;
 
 use clap::{Args, FromArgMatches};
 
+pub use self::etcd::{EtcdApi, EtcdSettings, Login};
 use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
 pub use self::kube::KubeSettings;
 use self::kube::PodVariables;
-pub use self::leases::{MigrateCommand, Place, ReservationsAction, ReservationsCommand};
+pub use self::leases::{MigrateCommand, MigrateEtcdCommand, Place, ReservationsAction, ReservationsCommand};
 pub use self::server::{EmbeddedSettings, NetworksSettings, RemoteSettings, ServeSettings};
 use self::settings::Origins;
-pub use self::settings::{
-    ClientCertificate, EtcdSettings, Login, Secret, Settings, StoreSettings, Verbosity,
-};
+pub use self::settings::{ClientCertificate, Secret, Settings, StoreSettings, Verbosity};
 use crate::domain::network_name::NetworkName;
 use crate::domain::wording::{nearest, quoted, shown};
 
@@ -76,10 +76,12 @@ pub enum Command {
     Cleanup(CleanupCommand),
     Reservations(ReservationsCommand),
     Migrate(MigrateCommand),
+    MigrateEtcd(MigrateEtcdCommand),
 }
 
 /// First words that are subcommands.
-const SUBCOMMANDS: [&str; 7] = ["status", "top", "cleanup", "reservations", "migrate", "version", "help"];
+const SUBCOMMANDS: [&str; 8] =
+    ["status", "top", "cleanup", "reservations", "migrate", "migrate-etcd", "version", "help"];
 
 /// What the running agent is doing
 ///
@@ -207,8 +209,12 @@ fn subcommand(program: &str, words: &[String], env: &Environment) -> Option<Pars
         "help" if words.len() == 1 => Some(print(help(program))),
         "reservations" => Some(leases::reservations(words.get(1..).unwrap_or_default(), env)),
         "migrate" => Some(leases::migrate(words.get(1..).unwrap_or_default(), env)),
+        "migrate-etcd" => Some(leases::migrate_etcd(words.get(1..).unwrap_or_default(), env)),
         "help" if words.len() == 2 && words.last().is_some_and(|word| word == "reservations") => {
             Some(leases::reservations(&[], env))
+        }
+        "help" if words.len() == 2 && words.last().is_some_and(|word| word == "migrate-etcd") => {
+            Some(leases::migrate_etcd(&["--help".to_owned()], env))
         }
         "help" if words.len() == 2 && words.last().is_some_and(|word| word == "migrate") => {
             Some(leases::migrate(&[], env))
@@ -425,6 +431,7 @@ fn help(program: &str) -> String {
              {program} cleanup [--dry-run]               remove what the agent put on this host\n  \
              {program} reservations list|add|remove      subnets that nodes have for good\n  \
              {program} migrate --from=… --to=…           move leases to another store\n  \
+             {program} migrate-etcd [--follow]           move leases from etcd's v2 keyspace to v3's\n  \
              {program} version                           print the version\n  \
              {program} help [COMMAND]                    this text, or a command's\n"
         )

@@ -6,7 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::flags::{EtcdFlags, Flags, IPTABLES_RESYNC, InterfaceFlags, LogFlags, NodeFlags, NotBuiltFlags};
+use super::etcd::EtcdSettings;
+use super::flags::{Flags, IPTABLES_RESYNC, InterfaceFlags, LogFlags, NodeFlags, NotBuiltFlags};
 use super::kube::{KubeFlags, KubeSettings, PodVariables};
 use super::server::{
     EmbeddedSettings, NetworksSettings, RemoteSettings, SERVED_CONFIG_PATH, ServeSettings, Served,
@@ -61,29 +62,11 @@ pub enum StoreSettings {
     Embedded(EmbeddedSettings),
 }
 
-/// How to reach etcd.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EtcdSettings {
-    /// As given: with or without scheme, at least one.
-    pub endpoints: Vec<String>,
-    /// As given: the store cleans it.
-    pub prefix: String,
-    pub ca_file: Option<PathBuf>,
-    pub identity: Option<ClientCertificate>,
-    pub login: Option<Login>,
-}
-
 /// A certificate with its key, both PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificate {
     pub cert_file: PathBuf,
     pub key_file: PathBuf,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Login {
-    pub username: String,
-    pub password: Secret,
 }
 
 /// Text that must not reach a log: flanneld printed its etcd password there (contract §14, T32).
@@ -145,7 +128,7 @@ impl Settings {
     ) -> Result<Self, SettingsError> {
         let mut resolver = Resolver { origins, warnings: Vec::new() };
         resolver.refuse_not_built(&flags.not_built)?;
-        let margin = flags.etcd.subnet_lease_renew_margin;
+        let margin = flags.node.subnet_lease_renew_margin;
         let etcd = resolver.etcd(flags.etcd)?;
         let served = resolver.server(flags.server)?;
         let networks = resolver.networks(flags.networks)?;
@@ -163,7 +146,7 @@ impl Settings {
         }
         let (selectors, public) = resolver.interface(flags.interface)?;
         let verbosity = resolver.log(&flags.log)?;
-        let NodeFlags { subnet_file, healthz_ip, healthz_port, status_socket } = flags.node;
+        let NodeFlags { subnet_file, healthz_ip, healthz_port, status_socket, .. } = flags.node;
         let settings = Self {
             store,
             serve: served.serve,
@@ -189,7 +172,7 @@ impl Settings {
 }
 
 pub(super) struct Resolver<'a> {
-    origins: &'a Origins,
+    pub(super) origins: &'a Origins,
     pub(super) warnings: Vec<String>,
 }
 
@@ -222,42 +205,6 @@ impl Resolver<'_> {
         })
         .collect();
         if asked.is_empty() { Ok(()) } else { Err(SettingsError { text: asked.join("\n"), code: 2 }) }
-    }
-
-    fn etcd(&mut self, flags: EtcdFlags) -> Result<EtcdSettings, SettingsError> {
-        if flags.etcd_endpoints.contains('@') {
-            // Not quoted: what stands before the @ may be a password.
-            let name = self.name("etcd-endpoints");
-            let text = format!("{name} names a user, who goes to -etcd-username and -etcd-password");
-            return Err(SettingsError { text, code: 2 });
-        }
-        // Split verbatim, as flanneld does: a space would become part of the endpoint.
-        let endpoints: Vec<String> = flags.etcd_endpoints.split(',').map(str::to_owned).collect();
-        for endpoint in &endpoints {
-            check_endpoint(endpoint)
-                .map_err(|expected| self.invalid("etcd-endpoints", &flags.etcd_endpoints, &expected))?;
-        }
-        let path = |file: Option<String>| file.filter(|file| !file.is_empty()).map(PathBuf::from);
-        let (cert, key) = (path(flags.etcd_certfile), path(flags.etcd_keyfile));
-        let identity = self.certificate(cert, key, "etcd-certfile", "etcd-keyfile")?;
-        let password = flags.etcd_password.unwrap_or_default();
-        let login = match flags.etcd_username.filter(|username| !username.is_empty()) {
-            Some(username) => Some(Login { username, password }),
-            None => {
-                if !password.expose().is_empty() {
-                    let name = self.name("etcd-password");
-                    self.warnings.push(format!("{name} has no effect without -etcd-username"));
-                }
-                None
-            }
-        };
-        Ok(EtcdSettings {
-            endpoints,
-            prefix: flags.etcd_prefix,
-            ca_file: path(flags.etcd_cafile),
-            identity,
-            login,
-        })
     }
 
     /// A certificate with its key, or neither.
@@ -450,40 +397,5 @@ impl Resolver<'_> {
             self.warnings.push(format!("{name} has no effect: the log goes to standard error"));
         }
         Ok(Verbosity(u32::try_from(flags.v).unwrap_or(0)))
-    }
-}
-
-/// An endpoint is `host:port` or a URL of one; a path after it is of no use but does no harm.
-fn check_endpoint(endpoint: &str) -> Result<(), String> {
-    let wrong = |reason: &str| {
-        let endpoint = quoted(endpoint);
-        Err(format!(
-            "{endpoint} {reason}; endpoints are such as https://10.0.0.1:2379, separated by commas only"
-        ))
-    };
-    if endpoint.is_empty() {
-        return wrong("is empty");
-    }
-    if endpoint.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
-        return wrong("contains a space");
-    }
-    let authority = match endpoint.split_once("://") {
-        Some(("http" | "https", rest)) => rest,
-        Some(_) => return wrong("is neither http nor https"),
-        None => endpoint,
-    };
-    let authority = authority.split('/').next().unwrap_or_default();
-    // An IPv6 address is in brackets; its colons are not the port's.
-    let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-        _ => (authority, None),
-    };
-    if host.is_empty() {
-        return wrong("names no host");
-    }
-    if port.is_some_and(|port| port.parse::<u16>().is_ok_and(|port| port != 0)) || port.is_none() {
-        Ok(())
-    } else {
-        wrong("has no port from 1 to 65535")
     }
 }

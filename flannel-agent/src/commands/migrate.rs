@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::open;
 use crate::cli::{MigrateCommand, Place};
+use crate::stores::etcd::EtcdApi;
 use crate::stores::{Received, RegistryNetworks};
 
 /// Exit code 0 when everything is there, 1 when something is not.
@@ -20,7 +21,9 @@ pub async fn run(command: &MigrateCommand) -> ExitCode {
 
 /// How many entries were not moved because something else is there.
 async fn perform(command: &MigrateCommand) -> Result<u32, String> {
-    let (from, to) = (place(command, &command.from)?, place(command, &command.to)?);
+    let from = place(command, &command.from, EtcdApi::Auto)?;
+    // There may be no network yet by which the keyspace could be told.
+    let to = place(command, &command.to, EtcdApi::V3)?;
     let contents = from.contents().await.map_err(|error| error.to_string())?;
     let (mut new, mut same, mut other) = (0_u32, 0_u32, 0_u32);
     // Configurations last: a node that asks the new store meanwhile finds no network yet, and not one without leases.
@@ -45,9 +48,9 @@ async fn perform(command: &MigrateCommand) -> Result<u32, String> {
     Ok(other)
 }
 
-fn place(command: &MigrateCommand, place: &Place) -> Result<RegistryNetworks, String> {
+fn place(command: &MigrateCommand, place: &Place, api: EtcdApi) -> Result<RegistryNetworks, String> {
     match place {
-        Place::Etcd => open::etcd(&command.store).map_err(|error| error.to_string()),
+        Place::Etcd => open::etcd(&command.store, api).map_err(|error| error.to_string()),
         Place::Embedded(path) => open::embedded(path).map_err(|error| error.to_string()),
     }
 }

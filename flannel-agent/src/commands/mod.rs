@@ -5,6 +5,7 @@ pub mod cleanup;
 pub mod daemon;
 mod keys;
 pub mod migrate;
+pub mod migrate_etcd;
 mod network;
 mod networks;
 mod open;

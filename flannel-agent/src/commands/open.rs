@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cli::{ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
+use crate::cli::{self, ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
 use crate::stores::embedded::{Embedded, EmbeddedError};
-use crate::stores::etcd::{self, EtcdOptions, EtcdOptionsError};
+use crate::stores::etcd::{self, EtcdApi, EtcdOptions, EtcdOptionsError};
 use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
 use crate::stores::remote::{RemoteNetworks, RemoteOptions, RemoteOptionsError};
 use crate::stores::{LeaseStore, NetworkStores, RegistryNetworks};
@@ -45,12 +45,19 @@ pub(super) fn networks(settings: &StoreSettings) -> Result<Arc<dyn NetworkStores
     })
 }
 
-/// etcd, where the flags are about it.
-pub(super) fn etcd(settings: &StoreSettings) -> Result<RegistryNetworks, OpenError> {
-    match settings {
-        StoreSettings::Etcd(etcd) => Ok(etcd::open(&etcd_options(etcd))?),
-        _ => Err(OpenError::NotEtcd),
+/// etcd, where the flags are about it. `otherwise` is taken where they leave the keyspace open.
+pub(super) fn etcd(settings: &StoreSettings, otherwise: EtcdApi) -> Result<RegistryNetworks, OpenError> {
+    let StoreSettings::Etcd(etcd) = settings else { return Err(OpenError::NotEtcd) };
+    let mut options = etcd_options(etcd);
+    if options.api == EtcdApi::Auto {
+        options.api = otherwise;
     }
+    Ok(etcd::open(&options)?)
+}
+
+/// Both keyspaces of an etcd.
+pub(super) fn keyspaces(settings: &EtcdSettings) -> Result<etcd::Mirror, OpenError> {
+    Ok(etcd::keyspaces(&etcd_options(settings))?)
 }
 
 /// The file of a server that does not run.
@@ -79,6 +86,11 @@ fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {
         ca_file: settings.ca_file.clone(),
         username: settings.login.as_ref().map(|login| login.username.clone()),
         password: settings.login.as_ref().map(|login| login.password.expose().to_owned()),
+        api: match settings.api {
+            cli::EtcdApi::Auto => EtcdApi::Auto,
+            cli::EtcdApi::V2 => EtcdApi::V2,
+            cli::EtcdApi::V3 => EtcdApi::V3,
+        },
         ..EtcdOptions::default()
     }
 }

@@ -47,6 +47,11 @@ pub(super) struct Answer {
     pub(super) body: Vec<u8>,
 }
 
+/// An answer of which the head is there.
+pub(super) struct Begun {
+    response: reqwest::Response,
+}
+
 /// Why no server did what it was asked.
 #[derive(Debug)]
 pub(super) struct Unanswered {
@@ -116,6 +121,24 @@ impl Servers {
         Err(Unanswered { reason: reasons.join("; "), lasting })
     }
 
+    /// Index of the server that the next call asks first.
+    pub(super) fn current(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// Runs `request` at one server, up to the head of its answer. It has no end: who waits for it sets one.
+    pub(super) async fn begin(
+        &self,
+        index: usize,
+        request: impl Fn(&Client, &str) -> RequestBuilder,
+    ) -> Result<Begun, Unanswered> {
+        let client = self.client.load_full();
+        match self.bases.get(index) {
+            Some(base) => begin(request(&client, base)).await,
+            None => Err(Unanswered { reason: format!("there is no server {index}"), lasting: false }),
+        }
+    }
+
     /// The next call asks another server first, if there is one and nobody moved on already.
     pub(super) fn suspect(&self, index: usize) {
         let next = (index + 1) % self.bases.len().max(1);
@@ -159,17 +182,36 @@ fn client(tls: &ClientTls) -> Result<Client, reqwest::Error> {
 }
 
 async fn send(request: RequestBuilder) -> Result<Answer, Unanswered> {
-    let mut response = request.send().await.map_err(|error| fault(&error))?;
-    let (status, headers) = (response.status(), response.headers().clone());
-    let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
-        if body.len() + chunk.len() > MAX_ANSWER {
-            let reason = format!("the answer is longer than {} MiB", MAX_ANSWER >> 20);
-            return Err(Unanswered { reason, lasting: false });
-        }
-        body.extend_from_slice(&chunk);
+    begin(request).await?.finish().await
+}
+
+async fn begin(request: RequestBuilder) -> Result<Begun, Unanswered> {
+    Ok(Begun { response: request.send().await.map_err(|error| fault(&error))? })
+}
+
+impl Begun {
+    pub(super) fn status(&self) -> StatusCode {
+        self.response.status()
     }
-    Ok(Answer { status, headers, body })
+
+    pub(super) fn headers(&self) -> &HeaderMap {
+        self.response.headers()
+    }
+
+    /// The whole answer.
+    pub(super) async fn finish(self) -> Result<Answer, Unanswered> {
+        let mut response = self.response;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
+            if body.len() + chunk.len() > MAX_ANSWER {
+                let reason = format!("the answer is longer than {} MiB", MAX_ANSWER >> 20);
+                return Err(Unanswered { reason, lasting: false });
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Answer { status, headers, body })
+    }
 }
 
 /// The error with its causes, each said once.

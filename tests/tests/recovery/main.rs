@@ -5,6 +5,7 @@ mod agent;
 mod cleanup;
 mod damage;
 mod datastore;
+mod migration;
 mod others;
 mod server;
 mod underlay;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     trials.extend(cleanup::trials());
     trials.extend(damage::trials());
     trials.extend(datastore::trials());
+    trials.extend(migration::trials());
     trials.extend(others::trials());
     trials.extend(server::trials());
     trials.extend(underlay::trials());

@@ -23,9 +23,9 @@ fn a_day_ahead(end: Option<Instant>) -> bool {
 pub(crate) async fn a_missing_configuration_is_named(ground: Ground) -> Result<()> {
     let error = ground.node().network_config().await.unwrap_err();
     ensure!(matches!(error, StoreError::NoConfig { .. }), "{error}");
-    if let (Some((_, _, prefix)), true) = (ground.etcd_parts(), ground.tells_revisions()) {
+    if let (Some(options), true) = (ground.etcd_options(), ground.tells_revisions()) {
         ensure!(
-            error.to_string().contains(&format!("no network configuration at {prefix}/config")),
+            error.to_string().contains(&format!("no network configuration at {}/config", options.prefix)),
             "{error}"
         );
     }

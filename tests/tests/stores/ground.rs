@@ -11,11 +11,12 @@ use flannel_agent::domain::config::{BackendConfig, NetworkConfig, SubnetRange};
 use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets, Unreadable};
 use flannel_agent::server::{self, ListenAddress, Listener};
 use flannel_agent::stores::embedded::Embedded;
-use flannel_agent::stores::etcd::{self, EtcdOptions};
+use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
 use flannel_agent::stores::memory::MemoryStore;
 use flannel_agent::stores::remote::{RemoteNetworks, RemoteOptions};
 use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores, StoreError};
 use flannel_tests::etcd::Etcd;
+use flannel_tests::etcd_v2::V2Keys;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use tempfile::TempDir;
@@ -35,8 +36,66 @@ pub(crate) struct Ground {
 
 enum Backing {
     Memory(MemoryStore),
-    Etcd { options: Box<EtcdOptions>, client: Box<Client>, prefix: String },
+    Etcd { options: Box<EtcdOptions>, keys: Keys, prefix: String },
     Embedded { store: Embedded, _folder: TempDir },
+}
+
+/// etcd's keys as an operator has them, by either API.
+#[derive(Clone)]
+pub(crate) enum Keys {
+    V2(V2Keys),
+    V3(Box<Client>),
+}
+
+impl Keys {
+    pub(crate) async fn of(etcd: &Etcd, api: EtcdApi) -> Result<Self> {
+        Ok(match api {
+            EtcdApi::V2 => Self::V2(etcd.v2()),
+            _ => Self::V3(Box::new(Client::connect([etcd.endpoint()], None).await?)),
+        })
+    }
+
+    /// Without `ttl` it never ends.
+    pub(crate) async fn put(&self, key: &str, value: &str, ttl: Option<Duration>) -> Result<()> {
+        match self {
+            Self::V2(keys) => keys.put(key, value, ttl)?,
+            Self::V3(client) => {
+                let lease = match ttl {
+                    Some(ttl) => client.lease_client().grant(i64::try_from(ttl.as_secs())?, None).await?.id(),
+                    None => 0,
+                };
+                let options = PutOptions::new().with_lease(lease);
+                client.kv_client().put(key, value, Some(options)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn delete(&self, key: &str) -> Result<()> {
+        match self {
+            Self::V2(keys) => keys.delete(key)?,
+            Self::V3(client) => {
+                client.kv_client().delete(key, None::<DeleteOptions>).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys below a folder that ends in a slash, and values.
+    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<(String, String)>> {
+        match self {
+            Self::V2(keys) => {
+                Ok(keys.list(folder)?.into_iter().map(|entry| (entry.key, entry.value)).collect())
+            }
+            Self::V3(client) => {
+                let list = client.kv_client().get(folder, Some(GetOptions::new().with_prefix())).await?;
+                list.kvs()
+                    .iter()
+                    .map(|kv| Ok((kv.key_str()?.to_owned(), kv.value_str()?.to_owned())))
+                    .collect()
+            }
+        }
+    }
 }
 
 /// A server in this process.
@@ -51,15 +110,16 @@ impl Ground {
         Ok(Self { backing: Backing::Memory(MemoryStore::default()), served: None })
     }
 
-    pub(crate) async fn etcd(etcd: &Etcd, name: &str) -> Result<Self> {
+    pub(crate) async fn etcd(etcd: &Etcd, api: EtcdApi, name: &str) -> Result<Self> {
         let prefix = format!("/{name}/network");
         let options = EtcdOptions {
             endpoints: vec![etcd.endpoint()],
             prefix: prefix.clone(),
+            api,
             ..EtcdOptions::default()
         };
-        let client = Box::new(Client::connect([etcd.endpoint()], None).await?);
-        Ok(Self { backing: Backing::Etcd { options: Box::new(options), client, prefix }, served: None })
+        let keys = Keys::of(etcd, api).await?;
+        Ok(Self { backing: Backing::Etcd { options: Box::new(options), keys, prefix }, served: None })
     }
 
     pub(crate) async fn embedded() -> Result<Self> {
@@ -119,10 +179,10 @@ impl Ground {
         self.served.is_none()
     }
 
-    /// Options and prefix, where it is etcd.
-    pub(crate) fn etcd_parts(&self) -> Option<(&EtcdOptions, &Client, &str)> {
+    /// Options, where it is etcd.
+    pub(crate) fn etcd_options(&self) -> Option<&EtcdOptions> {
         match &self.backing {
-            Backing::Etcd { options, client, prefix } => Some((options, client, prefix)),
+            Backing::Etcd { options, .. } => Some(options),
             _ => None,
         }
     }
@@ -148,8 +208,8 @@ impl Ground {
     fn operator(&self) -> Operator {
         match &self.backing {
             Backing::Memory(store) => Operator::Memory(store.clone()),
-            Backing::Etcd { client, prefix, .. } => {
-                Operator::Etcd { client: client.clone(), prefix: prefix.clone() }
+            Backing::Etcd { keys, prefix, .. } => {
+                Operator::Etcd { keys: keys.clone(), prefix: prefix.clone() }
             }
             Backing::Embedded { store, .. } => Operator::Embedded(store.clone()),
         }
@@ -163,13 +223,8 @@ impl Ground {
     pub(crate) async fn put(&self, key: &str, value: &str, ttl: Option<Duration>) -> Result<()> {
         match &self.backing {
             Backing::Memory(store) => store.put(key, value, ttl),
-            Backing::Etcd { client, prefix, .. } => {
-                let lease = match ttl {
-                    Some(ttl) => client.lease_client().grant(i64::try_from(ttl.as_secs())?, None).await?.id(),
-                    None => 0,
-                };
-                let options = PutOptions::new().with_lease(lease);
-                client.kv_client().put(format!("{prefix}/subnets/{key}"), value, Some(options)).await?;
+            Backing::Etcd { keys, prefix, .. } => {
+                keys.put(&format!("{prefix}/subnets/{key}"), value, ttl).await?;
             }
             Backing::Embedded { store, .. } => {
                 store.put(&format!("subnets/{key}"), value.as_bytes(), ttl).await?;
@@ -181,9 +236,7 @@ impl Ground {
     pub(crate) async fn delete(&self, key: &str) -> Result<()> {
         match &self.backing {
             Backing::Memory(store) => store.delete(key),
-            Backing::Etcd { client, prefix, .. } => {
-                client.kv_client().delete(format!("{prefix}/subnets/{key}"), None::<DeleteOptions>).await?;
-            }
+            Backing::Etcd { keys, prefix, .. } => keys.delete(&format!("{prefix}/subnets/{key}")).await?,
             Backing::Embedded { store, .. } => store.delete(&format!("subnets/{key}")).await?,
         }
         self.settle().await
@@ -219,14 +272,10 @@ impl Ground {
     pub(crate) async fn entries(&self) -> Result<Vec<(String, String)>> {
         match &self.backing {
             Backing::Memory(store) => Ok(store.entries()),
-            Backing::Etcd { client, prefix, .. } => {
+            Backing::Etcd { keys, prefix, .. } => {
                 let folder = format!("{prefix}/subnets/");
-                let list =
-                    client.kv_client().get(folder.as_str(), Some(GetOptions::new().with_prefix())).await?;
-                list.kvs()
-                    .iter()
-                    .map(|kv| Ok((kv.key_str()?.replace(&folder, ""), kv.value_str()?.to_owned())))
-                    .collect()
+                let list = keys.list(&folder).await?;
+                Ok(list.into_iter().map(|(key, value)| (key.replace(&folder, ""), value)).collect())
             }
             Backing::Embedded { store, .. } => {
                 let leases = store.entries().into_iter().filter_map(|(key, value, _)| {
@@ -253,7 +302,7 @@ impl Ground {
 /// Somebody who writes configurations.
 enum Operator {
     Memory(MemoryStore),
-    Etcd { client: Box<Client>, prefix: String },
+    Etcd { keys: Keys, prefix: String },
     Embedded(Embedded),
 }
 
@@ -261,9 +310,7 @@ impl Operator {
     async fn configure(&self, text: &str) -> Result<()> {
         match self {
             Self::Memory(store) => store.set_config(text),
-            Self::Etcd { client, prefix } => {
-                client.kv_client().put(format!("{prefix}/config"), text, None).await?;
-            }
+            Self::Etcd { keys, prefix } => keys.put(&format!("{prefix}/config"), text, None).await?,
             Self::Embedded(store) => store.configure(None, Some(text)).await?,
         }
         Ok(())

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use flannel_agent::stores::etcd::EtcdApi;
 use flannel_tests::etcd::Etcd;
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -76,21 +77,42 @@ macro_rules! contract {
         }));
         let etcd = $etcd.clone();
         $trials.push(Trial::test(format!("etcd_v3::{name}"), move || {
-            run(async move { contract::$case(Ground::etcd(&etcd, name).await?).await })
+            run(async move { contract::$case(Ground::etcd(&etcd, EtcdApi::V3, name).await?).await })
+        }));
+        let etcd = $etcd.clone();
+        $trials.push(Trial::test(format!("etcd_v2::{name}"), move || {
+            run(async move { contract::$case(Ground::etcd(&etcd, EtcdApi::V2, name).await?).await })
         }));
         let etcd = $etcd.clone();
         $trials.push(Trial::test(format!("remote_etcd::{name}"), move || {
             run(async move {
-                let ground = Ground::etcd(&etcd, concat!("served_", stringify!($case))).await?;
+                let name = concat!("served_", stringify!($case));
+                let ground = Ground::etcd(&etcd, EtcdApi::V3, name).await?;
                 contract::$case(ground.served().await?).await
             })
         }));
     )*};
 }
 
+/// Both APIs do what both can, and each what is its own.
 macro_rules! etcd {
+    (both { $($both:ident)* } auto { $($auto:ident)* } v2 { $($v2:ident)* } v3 { $($v3:ident)* }) => {{
+        let mut trials = Vec::new();
+        $(
+            let name = stringify!($both);
+            trials.push(Trial::test(format!("etcd_v2::{name}"), || run(etcd::$both(EtcdApi::V2))));
+            trials.push(Trial::test(format!("etcd_v3::{name}"), || run(etcd::$both(EtcdApi::V3))));
+        )*
+        $(trials.push(Trial::test(concat!("etcd_auto::", stringify!($auto)), || run(etcd::auto::$auto())));)*
+        $(trials.push(Trial::test(concat!("etcd_v2::", stringify!($v2)), || run(etcd::v2::$v2())));)*
+        $(trials.push(Trial::test(concat!("etcd_v3::", stringify!($v3)), || run(etcd::v3::$v3())));)*
+        trials
+    }};
+}
+
+macro_rules! migrate {
     ($($case:ident)*) => {
-        vec![$(Trial::test(concat!("etcd_v3::", stringify!($case)), || run(etcd::$case()))),*]
+        vec![$(Trial::test(concat!("migrate_etcd::", stringify!($case)), || run(etcd::migrate::$case()))),*]
     };
 }
 
@@ -119,26 +141,47 @@ fn main() -> ExitCode {
     };
     // The slow ones first.
     let mut trials = etcd!(
-        a_frozen_etcd_is_noticed_within_ten_seconds
-        an_etcd_that_is_away_is_not_asked_in_a_loop
-        a_quiet_watch_is_not_broken_by_our_own_pings
-        an_etcd_that_is_killed_is_one_interruption_and_then_a_snapshot
-        a_dead_endpoint_is_passed_over
-        a_watch_moves_to_another_endpoint_when_its_own_dies
-        history_compacted_before_the_watch_began_means_a_fresh_snapshot
-        a_restart_after_a_compaction_means_a_fresh_snapshot
-        user_and_password_open_the_door
-        mutual_tls_works_and_says_what_is_missing
-        an_authority_alone_verifies_the_server
-        renewals_leave_no_lease_objects_behind
-        a_lease_object_others_use_is_not_revoked
-        thousands_of_leases_are_listed_at_one_revision
-        a_running_watch_is_compared_with_a_list
-        our_lease_written_by_another_has_its_true_end
-        leases_written_at_one_revision_are_told_apart
-        keys_outside_the_folder_are_not_ours
-        the_prefix_is_cleaned
-        nothing_that_cannot_work_is_accepted
+        both {
+            a_frozen_etcd_is_noticed_within_ten_seconds
+            an_etcd_that_is_away_is_not_asked_in_a_loop
+            a_quiet_watch_is_not_broken_by_our_own_questions
+            an_etcd_that_is_killed_is_one_interruption_and_then_a_snapshot
+            a_dead_endpoint_is_passed_over
+            a_watch_moves_to_another_endpoint_when_its_own_dies
+            user_and_password_open_the_door
+            mutual_tls_works_and_says_what_is_missing
+            an_authority_alone_verifies_the_server
+            a_running_watch_is_compared_with_a_list
+            keys_outside_the_folder_are_not_ours
+            the_prefix_is_cleaned
+            nothing_that_cannot_work_is_accepted
+        } auto {
+            the_keyspace_with_the_configuration_is_taken
+            of_two_configurations_that_of_v3_is_taken_with_a_warning
+            while_there_is_no_configuration_both_are_looked_at
+            an_etcd_with_one_api_only_is_no_trouble
+            a_v2_that_does_not_answer_keeps_nobody_waiting
+            an_etcd_older_than_v3_is_taken_as_v2
+        } v2 {
+            a_thousand_changes_elsewhere_while_it_is_cut_off_mean_a_fresh_snapshot
+            a_busy_keyspace_does_not_disturb_a_quiet_watch
+            a_burst_of_changes_is_told_in_order
+            a_folder_that_is_deleted_takes_its_leases_along
+            directories_among_the_leases_are_passed_over
+            a_server_without_the_api_says_so
+            our_lease_written_by_another_has_its_true_end
+            a_renewal_that_raced_with_another_writer_overwrites_nothing
+            a_proxy_that_holds_back_heads_is_no_dead_server
+            leases_of_a_whole_cluster_are_listed
+        } v3 {
+            history_compacted_before_the_watch_began_means_a_fresh_snapshot
+            a_restart_after_a_compaction_means_a_fresh_snapshot
+            renewals_leave_no_lease_objects_behind
+            a_lease_object_others_use_is_not_revoked
+            thousands_of_leases_are_listed_at_one_revision
+            our_lease_written_by_another_has_its_true_end
+            leases_written_at_one_revision_are_told_apart
+        }
     );
     contract!(trials, etcd:
         a_missing_configuration_is_named
@@ -168,17 +211,25 @@ fn main() -> ExitCode {
         a_reservation_that_cannot_be_is_refused_with_the_reason
         a_revoked_lease_is_told_and_free
     );
-    let shared = etcd.clone();
-    trials.push(Trial::test("etcd_v3::each_trouble_on_the_way_is_survived", move || {
-        run_within(TROUBLE_LIMIT, async move {
-            trouble::each_is_survived(Ground::etcd(&shared, "trouble").await?).await
-        })
-    }));
+    for (name, api) in [("etcd_v3", EtcdApi::V3), ("etcd_v2", EtcdApi::V2)] {
+        let shared = etcd.clone();
+        trials.push(Trial::test(format!("{name}::each_trouble_on_the_way_is_survived"), move || {
+            run_within(TROUBLE_LIMIT, async move {
+                trouble::each_is_survived(Ground::etcd(&shared, api, "trouble").await?).await
+            })
+        }));
+    }
     trials.push(Trial::test("remote_embedded::each_trouble_on_the_way_is_survived", || {
         run_within(TROUBLE_LIMIT, async {
             trouble::each_is_survived(Ground::embedded().await?.served().await?).await
         })
     }));
+    trials.extend(migrate!(
+        nodes_in_both_keyspaces_live_side_by_side
+        no_subnet_is_left_with_two_owners
+        leases_come_to_v3_as_they_are
+        deleting_the_old_keyspace_leaves_the_new_one_alone
+    ));
     trials.extend(server!(
         server::nothing_acknowledged_is_lost_in_twenty_kills
         server::clients_that_hang_hurt_nobody_else

@@ -23,6 +23,8 @@ struct RelayState {
     armed: AtomicBool,
     holding: Arc<AtomicBool>,
     stalled: AtomicBool,
+    keeps_heads: AtomicBool,
+    swallows_http1: AtomicBool,
 }
 
 impl Relay {
@@ -63,6 +65,16 @@ impl Relay {
         self.state.holding.clone()
     }
 
+    /// The head of an answer passes only with the first of its body, as through a proxy that buffers.
+    pub(crate) fn keep_heads(&self) {
+        self.state.keeps_heads.store(true, Ordering::SeqCst);
+    }
+
+    /// Requests of HTTP/1 are taken and go nowhere.
+    pub(crate) fn swallow_http1(&self) {
+        self.state.swallows_http1.store(true, Ordering::SeqCst);
+    }
+
     /// Nothing passes, in neither direction.
     pub(crate) fn stall(&self) {
         self.state.stalled.store(true, Ordering::SeqCst);
@@ -81,9 +93,15 @@ impl RelayState {
         mut to: tokio::net::tcp::OwnedWriteHalf,
     ) {
         let mut buffer = vec![0; 64 * 1024];
+        let mut is_first = true;
         while let Ok(length @ 1..) = from.read(&mut buffer).await {
             while self.holding.load(Ordering::SeqCst) || self.stalled.load(Ordering::SeqCst) {
                 tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            let first = std::mem::replace(&mut is_first, false);
+            // RFC 9113 §3.4
+            if first && self.swallows_http1.load(Ordering::SeqCst) && !buffer.starts_with(b"PRI * HTTP/2.0") {
+                return std::future::pending().await;
             }
             if to.write_all(&buffer[..length]).await.is_err() {
                 return;
@@ -98,7 +116,13 @@ impl RelayState {
     ) {
         const ENTRIES: usize = 150;
         let mut buffer = vec![0; 64 * 1024];
-        while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        while let Ok(mut length @ 1..) = from.read(&mut buffer).await {
+            while self.keeps_heads.load(Ordering::SeqCst) && is_only_a_head(&buffer[..length]) {
+                match from.read(&mut buffer[length..]).await {
+                    Ok(more @ 1..) => length += more,
+                    _ => return,
+                }
+            }
             if length > ENTRIES && self.armed.swap(false, Ordering::SeqCst) {
                 self.holding.store(true, Ordering::SeqCst);
             }
@@ -110,4 +134,10 @@ impl RelayState {
             }
         }
     }
+}
+
+/// The head of an answer of unknown length, and nothing behind it.
+fn is_only_a_head(bytes: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(bytes);
+    text.contains("chunked") && text.find("\r\n\r\n") == Some(text.len() - 4)
 }

@@ -61,6 +61,7 @@ fn without_flags_everything_has_flanneld_defaults() {
                 ca_file: None,
                 identity: None,
                 login: None,
+                api: EtcdApi::Auto,
             }),
             serve: None,
             networks: None,
@@ -86,7 +87,7 @@ fn without_flags_everything_has_flanneld_defaults() {
 fn every_flag_reaches_its_setting() {
     let all = settings(
         "flanneld -etcd-endpoints https://a:1,b:2 -etcd-prefix=/x/ --etcd-cafile ca --etcd-certfile=c -etcd-keyfile k \
-         -etcd-username u -etcd-password p -iface eth0 -iface=10.0.0.1 -iface-regex ^e -iface-can-reach 10.0.0.9 \
+         -etcd-username u -etcd-password p -etcd-api v2 -iface eth0 -iface=10.0.0.1 -iface-regex ^e -iface-can-reach 10.0.0.9 \
          -public-ip 192.0.2.1 -public-ipv6 2001:db8::1 -subnet-file /s.env -subnet-lease-renew-margin 0x10 \
          -healthz-ip ::1 -healthz-port 010470 -udp-datapath ebpf -udp-source-check enforce -udp-source-port fixed \
          -udp-mtu 1400 -bpffs-path /b -status-socket /s.sock -v 2",
@@ -100,6 +101,7 @@ fn every_flag_reaches_its_setting() {
                 ca_file: Some("ca".into()),
                 identity: Some(ClientCertificate { cert_file: "c".into(), key_file: "k".into() }),
                 login: Some(Login { username: "u".to_owned(), password: "p".to_owned().into() }),
+                api: EtcdApi::V2,
             }),
             serve: None,
             networks: None,
@@ -176,7 +178,7 @@ fn variables_stand_behind_flags_and_before_defaults() {
 fn every_flag_can_be_set_by_its_variable() {
     let command = flags::command();
     let names: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
-    assert_eq!(names.len(), 50);
+    assert_eq!(names.len(), 51);
     for name in names.into_iter().filter(|name| *name != "version") {
         // A value that is wrong for whatever is not plain text, and text that is refused or kept.
         let variable = variable(name);
@@ -373,7 +375,7 @@ fn subcommands_are_for_the_agents_own_name() {
         ),
         (
             "flannel-agent nonsense",
-            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, top, cleanup, reservations, migrate, version and help as the first word",
+            "unexpected argument \"nonsense\": there are only flags, and the subcommands status, top, cleanup, reservations, migrate, migrate-etcd, version and help as the first word",
         ),
         (
             "flanneld status",

@@ -208,3 +208,34 @@ fn migrate_wants_two_places() {
         ),
     ]);
 }
+
+#[test]
+fn migrate_etcd_is_about_both_keyspaces() {
+    let command = |text: &str| match line(text) {
+        Parsed::Command(Command::MigrateEtcd(command)) => command,
+        other => panic!("{text}: {other:?}"),
+    };
+    let plain = command("FLANNELD_ETCD_USERNAME=u FLANNELD_ETCD_PASSWORD=p flannel-agent migrate-etcd");
+    assert_eq!((plain.dry_run, plain.follow), (false, false));
+    assert_eq!(plain.etcd.login.unwrap().username, "u");
+    let all = command("flannel-agent migrate-etcd -etcd-prefix=/x --follow --etcd-endpoints http://a:1");
+    assert_eq!((all.follow, all.etcd.prefix.as_str()), (true, "/x"));
+    assert!(command("flannel-agent migrate-etcd --dry-run").dry_run);
+    refused(&[
+        (
+            "flannel-agent migrate-etcd --dry-run --follow",
+            "--dry-run changes nothing, so there is nothing to --follow",
+        ),
+        ("FLANNELD_ETCD_API=v3 flannel-agent migrate-etcd", "leave out -etcd-api: both keyspaces are meant"),
+        (
+            "flannel-agent migrate-etcd -remote=a:1",
+            "leave out what names another store: both keyspaces of an etcd are meant",
+        ),
+        (
+            "flannel-agent migrate-etcd -etcd-endpoint=a:1",
+            "flag provided but not defined: -etcd-endpoint (did you mean -etcd-endpoints?)",
+        ),
+    ]);
+    let (text, stream, code) = printed("flannel-agent help migrate-etcd");
+    assert!(text.contains("v2 keyspace") && stream == Stream::Stdout && code == 0);
+}

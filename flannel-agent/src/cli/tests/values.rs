@@ -203,6 +203,16 @@ fn credentials_go_together() {
             1
         )
     );
+    for (text, api) in [("v3", EtcdApi::V3), ("v2", EtcdApi::V2), ("auto", EtcdApi::Auto)] {
+        assert_eq!(etcd(&format!("flanneld -etcd-api={text}")).api, api);
+    }
+    refused(&[
+        ("flanneld -etcd-api=3", "invalid value \"3\" for -etcd-api: must be auto, v2 or v3"),
+        (
+            "FLANNELD_ETCD_API=V2 flanneld",
+            "invalid value \"V2\" for FLANNELD_ETCD_API: must be auto, v2 or v3",
+        ),
+    ]);
     let ca_only = etcd("flanneld -etcd-cafile=ca");
     assert_eq!((ca_only.ca_file, ca_only.identity), (Some("ca".into()), None));
     assert_eq!(etcd("flanneld -etcd-username=u").login.unwrap().password, Secret::default());

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use etcd_client::{Certificate, Identity, TlsOptions};
 
+use crate::stores::http::ClientTls;
 use crate::stores::pem::{self, PemError};
 
 const CA_FILE: &str = "--etcd-cafile";
@@ -31,6 +32,8 @@ pub struct EtcdOptions {
     /// User of etcd's own authentication: both or neither.
     pub username: Option<String>,
     pub password: Option<String>,
+    /// Which keyspace.
+    pub api: EtcdApi,
     /// How often a running watch is compared with a fresh list, give or take a fifth.
     pub resync: Duration,
 }
@@ -46,6 +49,7 @@ impl Default for EtcdOptions {
             ca_file: None,
             username: None,
             password: None,
+            api: EtcdApi::default(),
             resync: Duration::from_secs(300),
         }
     }
@@ -62,6 +66,7 @@ impl fmt::Debug for EtcdOptions {
             .field("ca_file", &self.ca_file)
             .field("username", &self.username)
             .field("password", &self.password.as_ref().map(|_| "(hidden)"))
+            .field("api", &self.api)
             .field("resync", &self.resync)
             .finish()
     }
@@ -78,11 +83,27 @@ pub enum EtcdOptionsError {
     Incomplete { given: &'static str, missing: &'static str },
     #[error(transparent)]
     Pem(#[from] PemError),
+    #[error("--etcd-cafile, --etcd-certfile: the TLS files can't be used: {0}")]
+    Tls(String),
+}
+
+/// Which of etcd's two keyspaces the leases are in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EtcdApi {
+    /// v3, or v2 where only that holds a network configuration.
+    #[default]
+    Auto,
+    /// flanneld's up to 0.17.
+    V2,
+    V3,
 }
 
 /// Options that passed every check.
+#[derive(Clone)]
 pub(super) struct Checked {
     pub(super) endpoints: Vec<Endpoint>,
+    /// The same TLS as the endpoints', for HTTP.
+    pub(super) http_tls: ClientTls,
     pub(super) prefix: String,
     pub(super) user: Option<(String, String)>,
     pub(super) resync: Duration,
@@ -107,16 +128,18 @@ pub(super) fn check(options: &EtcdOptions) -> Result<Checked, EtcdOptionsError> 
         (Some(_), None) => return Err(incomplete(CERT_FILE, KEY_FILE)),
         (None, Some(_)) => return Err(incomplete(KEY_FILE, CERT_FILE)),
     };
+    let authorities = ca.map(|path| pem::authorities(CA_FILE, path)).transpose()?;
     let mut tls = TlsOptions::new();
-    tls = match ca {
-        Some(path) => tls.ca_certificate(Certificate::from_pem(pem::authorities(CA_FILE, path)?)),
+    tls = match &authorities {
+        Some(pem) => tls.ca_certificate(Certificate::from_pem(pem)),
         None => tls.with_native_roots(),
     };
     let has_client_cert = identity.is_some();
     let wants_tls = has_client_cert || ca.is_some();
-    if let Some(identity) = identity {
-        tls = tls.identity(Identity::from_pem(identity.cert, identity.key));
+    if let Some(identity) = &identity {
+        tls = tls.identity(Identity::from_pem(&identity.cert, &identity.key));
     }
+    let http_tls = ClientTls { authorities, identity };
 
     let mut endpoints = Vec::new();
     for text in options.endpoints.iter().filter(|text| !text.is_empty()) {
@@ -145,7 +168,7 @@ pub(super) fn check(options: &EtcdOptions) -> Result<Checked, EtcdOptionsError> 
         (Some(_), None) => return Err(incomplete("--etcd-username", "--etcd-password")),
         (None, Some(_)) => return Err(incomplete("--etcd-password", "--etcd-username")),
     };
-    Ok(Checked { endpoints, prefix: clean(&options.prefix), user, resync: options.resync })
+    Ok(Checked { endpoints, http_tls, prefix: clean(&options.prefix), user, resync: options.resync })
 }
 
 fn given(path: &Option<PathBuf>) -> Option<&Path> {

@@ -7,6 +7,7 @@
 //! one entry that can't be read hides nothing else.
 
 mod leases;
+mod mirror;
 mod networks;
 mod transfer;
 mod watch;
@@ -17,7 +18,9 @@ use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
 pub(super) use self::leases::RegistryStore;
+pub use self::mirror::{Fate, FollowEnd, Mirror, Planned};
 pub use self::networks::RegistryNetworks;
+pub(super) use self::networks::holds_a_network;
 pub use self::transfer::{Content, Received};
 
 /// The calls every such store offers. Keys are whole keys.

@@ -53,6 +53,19 @@ impl NetworkStores for RegistryNetworks {
     }
 }
 
+/// Whether there is any network below `prefix`, with a name or without.
+pub(in crate::stores) async fn holds_a_network(
+    registry: &dyn Registry,
+    prefix: &str,
+) -> Result<bool, RegistryError> {
+    if registry.get(&join(prefix, "config")).await?.is_some() {
+        return Ok(true);
+    }
+    let folder = join(prefix, "");
+    let listing = registry.list(&folder).await?;
+    Ok(listing.entries.iter().any(|entry| network_of(&folder, &entry.key).is_some()))
+}
+
 struct Watcher {
     registry: Arc<dyn Registry>,
     folder: String,

@@ -99,7 +99,7 @@ impl RegistryNetworks {
 }
 
 /// Configurations and leases, of the network without a name or of a named one.
-fn is_ours(key: &str) -> bool {
+pub(super) fn is_ours(key: &str) -> bool {
     let of_network = |rest: &str| {
         rest == "config" || rest.strip_prefix("subnets/").is_some_and(|last| last.parse::<Subnets>().is_ok())
     };
