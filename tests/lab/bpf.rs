@@ -121,6 +121,10 @@ fn attach(namespace: &Namespace, device: &str, code: &[[u8; 8]]) -> Result<XdpLi
 }
 
 fn load(kind: u32, code: &[[u8; 8]]) -> Result<OwnedFd> {
+    // Before 5.11 programs count against RLIMIT_MEMLOCK, 64 KiB by default, and a moment longer than they live.
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the limit is an initialised struct that outlives the call. Where it is refused, loading says so.
+    let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
     let license = c"GPL";
     // prog_type, insn_cnt, insns, license
     let attributes = Attributes::default()

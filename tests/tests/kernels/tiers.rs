@@ -75,6 +75,7 @@ pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
             add(format!("over_{option}_nothing_is_lost_by_a_change_of_the_map_layout"), another_layout);
         }
         if *option == "tc" {
+            add("a_filter_that_would_swallow_the_tunnels_packets_ends_up_behind_ours".to_owned(), displaced);
             add("an_agent_that_can_t_have_its_tier_leaves_the_one_before_it_at_work".to_owned(), refused);
         }
     }
@@ -206,6 +207,44 @@ impl Pings {
         }
         Ok(())
     }
+}
+
+/// On clsact a filter of a lower number comes first, until ours has moved; tcx programs run before all filters.
+fn displaced(lab: &mut Lab, choice: &Choice) -> Result<()> {
+    let host = lab.host(1);
+    host.netns().output("tc qdisc add dev eth0 clsact").or_else(|e| match attachment() {
+        Attachment::Clsact => Ok(String::new()),
+        Attachment::Tcx => Err(e),
+    })?;
+    // Two that end the processing of every packet: one that can be passed, then one that can't.
+    let add = |number: u16| {
+        host.netns().output(&format!(
+            "tc filter add dev eth0 ingress priority {number} protocol ip u32 match u32 0 0 flowid 1:1"
+        ))
+    };
+    let reports = |what: &'static str| {
+        host.agent()?.wait_status(what, |status| status.ready && status.reasons().contains(what))
+    };
+    add(10)?;
+    if attachment() == Attachment::Clsact {
+        reports("displaced once by another program, first again")?;
+        let filters = host.netns().output("tc filter show dev eth0 ingress")?;
+        ensure!(filters.contains("pref 9 bpf") && !filters.contains("pref 50 "), "{filters}");
+    }
+    lab.ping_all_pairs(3)?;
+    add(1)?;
+    if attachment() == Attachment::Clsact {
+        reports("filter u32 of priority 1 runs before ours on ingress of eth0")?;
+    } else {
+        // Two looks.
+        sleep(Duration::from_secs(1));
+        ensure!(!host.status()?.reasons().contains("before ours"), "{}", host.status()?.reasons());
+    }
+    lab.ping_all_pairs(3)?;
+    for number in [10, 1] {
+        host.netns().output(&format!("tc filter del dev eth0 ingress priority {number}"))?;
+    }
+    settle(lab, choice)
 }
 
 /// Its predecessor's programs carry packets while an agent says that it can't have the tier it was told.

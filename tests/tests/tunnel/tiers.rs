@@ -472,7 +472,7 @@ pub(crate) fn contested() -> Result<()> {
     rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.first() == Some(&id));
     let reason = rig.b.report()?.reason;
-    ensure!(reason.ends_with(&format!("; program {id} runs before ours on ingress of eth0")), "{reason}");
+    ensure!(reason.ends_with(&format!("; BPF program {id} runs before ours on ingress of eth0")), "{reason}");
     flood.end_complete()?;
     drop((others, last));
     Ok(())

@@ -16,14 +16,17 @@ const WINDOW: Duration = Duration::from_secs(60);
 /// Who stands in front of us, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ahead {
-    pub(super) program: u32,
+    /// "BPF program 9", "filter u32 of priority 10"
+    pub(super) what: String,
     /// "ingress of eth0"
     pub(super) hook: String,
+    /// Nothing can be put before it.
+    pub(super) stays: bool,
 }
 
 impl fmt::Display for Ahead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "program {} runs before ours on {}", self.program, self.hook)
+        write!(f, "{} runs before ours on {}", self.what, self.hook)
     }
 }
 
@@ -42,18 +45,18 @@ impl Place {
     /// # Errors
     /// The place is to be taken back now.
     pub(super) fn look(&mut self, ahead: Option<Ahead>, now: Instant) -> Result<(), String> {
-        let may_take = self.may_take(now);
+        let may_take = self.may_take(now) && ahead.as_ref().is_none_or(|other| !other.stays);
         if let Some(other) = &ahead
             && self.ahead != ahead
             && !may_take
         {
             tracing::warn!(
-                "BPF {other} again and is left there for now; if it ends the processing of tunnel packets, they are lost"
+                "{other} and is left there for now; if it ends the processing of tunnel packets, they are lost"
             );
         }
         self.ahead = ahead;
         match &self.ahead {
-            Some(other) if may_take => Err(format!("BPF {other}")),
+            Some(other) if may_take => Err(other.to_string()),
             _ => Ok(()),
         }
     }
@@ -89,7 +92,7 @@ mod tests {
     use super::*;
 
     fn other() -> Option<Ahead> {
-        Some(Ahead { program: 9, hook: "ingress of eth0".to_owned() })
+        Some(Ahead { what: "BPF program 9".to_owned(), hook: "ingress of eth0".to_owned(), stays: false })
     }
 
     #[test]
@@ -104,7 +107,7 @@ mod tests {
         }
         assert_eq!(place.report().unwrap(), "displaced 3 times by other programs, first again");
         assert_eq!(place.look(other(), second(4)), Ok(()));
-        assert_eq!(place.report().unwrap(), "program 9 runs before ours on ingress of eth0");
+        assert_eq!(place.report().unwrap(), "BPF program 9 runs before ours on ingress of eth0");
         assert_eq!(place.look(other(), second(59)), Ok(()));
         // The first attempt is a minute ago.
         assert!(place.look(other(), second(61)).is_err());
@@ -112,5 +115,14 @@ mod tests {
         assert!(place.look(other(), second(61)).is_err(), "so is the second");
         place.taken(second(61));
         assert_eq!(place.look(other(), second(61)), Ok(()));
+    }
+
+    #[test]
+    fn one_that_nothing_comes_before_is_only_reported() {
+        let (mut place, now) = (Place::default(), Instant::now());
+        let first = Ahead { stays: true, ..other().unwrap() };
+        assert_eq!(place.look(Some(first), now), Ok(()));
+        assert_eq!(place.report().unwrap(), "BPF program 9 runs before ours on ingress of eth0");
+        assert_eq!((place.look(None, now), place.report()), (Ok(()), None));
     }
 }

@@ -11,7 +11,7 @@ use crate::host::netlink::Netlink;
 use crate::host::udp::ethtool::Ethtool;
 use crate::host::udp::gro_pair;
 use crate::host::udp::place::Ahead;
-use crate::host::udp::programs::{BRIDGE, ENCAP, GRO, INGRESS, TcKind, XDP_FRAGS};
+use crate::host::udp::programs::{BRIDGE, ENCAP, GRO, INGRESS, XDP_FRAGS};
 use crate::host::udp::proof::{Proof, Seen};
 use crate::host::udp::shortcut;
 
@@ -96,13 +96,10 @@ impl KernelPath {
 
     /// A program that somebody attached in front of ours.
     pub(super) fn ahead(&self) -> Option<Ahead> {
-        // A filter's place is its priority, which nobody takes from us.
-        if self.tc == TcKind::Clsact {
-            return None;
-        }
         [(INGRESS, self.ingress_hook()), (ENCAP, self.encap_hook())].into_iter().find_map(|(name, hook)| {
-            let program = self.programs.ahead_of(name, &hook, &self.pins)?;
-            Some(Ahead { program, hook: format!("{} of {}", hook.side.word(), hook.device) })
+            let front = self.programs.ahead_of(name, self.tc, &hook, &self.pins)?;
+            let hook = format!("{} of {}", hook.side.word(), hook.device);
+            Some(Ahead { what: front.what, hook, stays: front.stays })
         })
     }
 

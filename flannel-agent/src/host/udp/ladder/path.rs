@@ -292,7 +292,7 @@ impl KernelPath {
     pub(super) fn take_place_back(&mut self) -> Result<(), Refusal> {
         let Some(ahead) = self.ahead() else { return Ok(()) };
         let now = Instant::now();
-        if !self.place.may_take(now) {
+        if ahead.stays || !self.place.may_take(now) {
             return Ok(());
         }
         (self.programs, self.maps) = Programs::load(self.programs.settings(), &self.pins)?;
@@ -303,7 +303,7 @@ impl KernelPath {
             (ENCAP, &device, Side::Egress, LinkPin::Encap),
         ] {
             let hook = Hook { device, ifindex: *ifindex, side, order: Order::First, pin };
-            self.programs.attach_in_front(name, &hook, &self.pins)?;
+            self.programs.attach_in_front(name, self.tc, &hook, &self.pins)?;
         }
         tracing::info!("{ahead}: ours is in front again");
         self.attach_tc()

@@ -1,20 +1,22 @@
 //! The tc hook of kernels before 6.6, which have no tcx links: a classifier on the `clsact` qdisc.
 //!
-//! Such a filter is not a file that can be pinned. It outlives the agent by itself, and is found again by its fixed
-//! priority, handle and name. Others' filters have other priorities and are never touched; the qdisc stays when ours
-//! go, because nobody can tell who else relies on it.
+//! Such a filter is not a file that can be pinned. It outlives the agent by itself, and is found again by its name and
+//! handle. Filters run in the order of their priorities, and one may end the processing of a packet; so ours moves in
+//! front of whoever takes a lower number, down to 1. Others' filters are never touched; the qdisc stays when ours go,
+//! because nobody can tell who else relies on it.
 
 use std::io;
 
-use aya::programs::SchedClassifier;
 use aya::programs::links::Link as _;
 use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact,
+    NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcAttachType, TcError, TcHandle,
+    qdisc_add_clsact,
 };
+use aya::programs::{ProgramError, SchedClassifier};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::Hook;
+use super::{Hook, Order};
 use crate::host::udp::errno::Refusal;
 
 /// Before what other agents use by default (Cilium 1, others 49152): a final verdict of theirs must not come first,
@@ -26,63 +28,143 @@ const HANDLE: TcHandle = TcHandle::new(0, 1);
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_GETTFILTER: u16 = 46;
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
-const ETH_P_ALL: u16 = 3;
+const NLM_F_DUMP: u16 = 0x300;
 const CLSACT_INGRESS: u32 = 0xffff_fff2;
 const CLSACT_EGRESS: u32 = 0xffff_fff3;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
+const TCA_CHAIN: u16 = 11;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_ID: u16 = 11;
 
-/// The filter at our priority and handle.
+/// A filter on a hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Filter {
+    pub(super) priority: u16,
+    handle: u32,
+    chain: u32,
+    /// The program's, or the classifier's kind where it is none of BPF.
     pub(super) name: String,
     pub(super) program: Option<u32>,
 }
 
-/// Puts the program in place, in one step if an earlier one of ours is there.
+impl Filter {
+    /// Ours has our handle, too: another tool's filter with our program is its own affair.
+    fn is(&self, name: &str) -> bool {
+        self.name == name && self.handle == u32::from(HANDLE)
+    }
+
+    fn link(&self, hook: &Hook<'_>) -> io::Result<SchedClassifierLink> {
+        SchedClassifierLink::attached(hook.device, hook.side.tc(), self.priority, HANDLE, None)
+    }
+}
+
+/// Puts the program in place, in one step if an earlier one of ours is there: at [`PRIORITY`], or before whoever is there
+/// with a lower number.
 pub(super) fn attach(program: &mut SchedClassifier, hook: &Hook<'_>, name: &str) -> Result<(), Refusal> {
     let doing = || format!("attach {name} to {} of {} with clsact", hook.side.word(), hook.device);
-    let id = match find(hook).map_err(|e| Refusal::from_io(doing(), &e))? {
-        Some(filter) if filter.name == name => {
-            let old = SchedClassifierLink::attached(hook.device, hook.side.tc(), PRIORITY, HANDLE, None)
-                .map_err(|e| Refusal::from_io(doing(), &e))?;
+    let filters = list(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
+    let id = match first_of(&filters, |filter| filter.is(name)) {
+        Some(first) => {
+            // An agent was killed between two steps of moving in front.
+            remove(hook, filters.iter().filter(|filter| filter.is(name) && *filter != first))?;
+            let old = first.link(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
             program.attach_to_link(old)
         }
-        Some(other) => {
-            let reason =
-                format!("priority {PRIORITY} is taken by the filter {:?} of someone else", other.name);
-            return Err(Refusal::new(doing(), reason));
-        }
         None => {
+            let priority = free_priority(&filters, hook.order);
             add_qdisc(hook.device).map_err(|e| Refusal::from_tc(doing(), &e))?;
-            let options =
-                TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
+            let options = TcAttachOptions::Netlink(NlOptions { priority, handle: HANDLE, classid: None });
             program.attach_with_options(hook.device, hook.side.tc(), options)
         }
     }
     .map_err(|e| Refusal::from_program(doing(), &e))?;
-    let link = program.take_link(id).map_err(|e| Refusal::from_program(doing(), &e))?;
-    // Dropping it would detach; the filter shall outlive us.
-    std::mem::forget(link);
+    forget(program, id).map_err(|e| Refusal::from_program(doing(), &e))
+}
+
+/// Puts the program before all other filters, and only then takes the one of ours away that is behind them.
+///
+/// # Errors
+/// Priority 1 is taken: nothing comes before it.
+pub(super) fn attach_in_front(
+    program: &mut SchedClassifier,
+    hook: &Hook<'_>,
+    name: &str,
+) -> Result<(), Refusal> {
+    let doing = || format!("attach {name} first to {} of {} with clsact", hook.side.word(), hook.device);
+    let filters = list(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
+    if ahead_of(&filters, name).is_none() {
+        return Ok(());
+    }
+    let priority = before(&filters)
+        .ok_or_else(|| Refusal::new(doing(), "priority 1 is taken, and nothing comes before it"))?;
+    let options = TcAttachOptions::Netlink(NlOptions { priority, handle: HANDLE, classid: None });
+    let id = program
+        .attach_with_options(hook.device, hook.side.tc(), options)
+        .map_err(|e| Refusal::from_program(doing(), &e))?;
+    forget(program, id).map_err(|e| Refusal::from_program(doing(), &e))?;
+    remove(hook, filters.iter().filter(|filter| filter.is(name)))
+}
+
+fn remove<'f>(hook: &Hook<'_>, filters: impl Iterator<Item = &'f Filter>) -> Result<(), Refusal> {
+    for filter in filters {
+        let doing = || format!("detach {} from {} of {}", filter.name, hook.side.word(), hook.device);
+        let link = filter.link(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
+        link.detach().map_err(|e| Refusal::from_program(doing(), &e))?;
+    }
     Ok(())
+}
+
+/// The filter shall outlive us; dropping the link would detach it.
+fn forget(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> Result<(), ProgramError> {
+    program.take_link(id).map(std::mem::forget)
+}
+
+/// A number for a new filter: where it belongs, else a free one as near as possible.
+fn free_priority(filters: &[Filter], order: Order) -> u16 {
+    let numbers: Vec<u16> =
+        filters.iter().filter(|filter| filter.chain == 0).map(|filter| filter.priority).collect();
+    let wanted = match order {
+        Order::First => before(filters),
+        Order::Last => {
+            numbers.iter().max().and_then(|last| last.checked_add(1)).map(|next| next.max(PRIORITY))
+        }
+    };
+    let is_free = |number: &u16| !numbers.contains(number);
+    wanted.or_else(|| (PRIORITY..).find(is_free)).unwrap_or(PRIORITY)
+}
+
+/// [`PRIORITY`], or the number before the first; nothing comes before 1.
+fn before(filters: &[Filter]) -> Option<u16> {
+    match first_of(filters, |_| true) {
+        Some(first) if first.priority <= PRIORITY => {
+            first.priority.checked_sub(1).filter(|before| *before > 0)
+        }
+        _ => Some(PRIORITY),
+    }
+}
+
+fn first_of(filters: &[Filter], wanted: impl Fn(&Filter) -> bool) -> Option<&Filter> {
+    filters.iter().filter(|filter| filter.chain == 0 && wanted(filter)).min_by_key(|filter| filter.priority)
+}
+
+/// The filter of others that packets meet before ours, if one does.
+pub(super) fn ahead(hook: &Hook<'_>, name: &str) -> Option<Filter> {
+    ahead_of(&list(hook).ok()?, name).cloned()
+}
+
+fn ahead_of<'f>(filters: &'f [Filter], name: &str) -> Option<&'f Filter> {
+    let ours = first_of(filters, |filter| filter.is(name))?;
+    first_of(filters, |filter| !filter.is(name)).filter(|other| other.priority < ours.priority)
 }
 
 /// Removes our filter; that there is none, or no such device, is a success.
 pub(super) fn detach(hook: &Hook<'_>, name: &str) -> Result<(), Refusal> {
     let doing = || format!("detach {name} from {} of {}", hook.side.word(), hook.device);
-    match find(hook) {
-        Ok(Some(filter)) if filter.name == name => {
-            SchedClassifierLink::attached(hook.device, hook.side.tc(), PRIORITY, HANDLE, None)
-                .map_err(|e| Refusal::from_io(doing(), &e))?
-                .detach()
-                .map_err(|e| Refusal::from_program(doing(), &e))
-        }
-        Ok(_) => Ok(()),
-        Err(e) => Err(Refusal::from_io(doing(), &e)),
-    }
+    let filters = list(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
+    remove(hook, filters.iter().filter(|filter| filter.is(name)))
 }
 
 fn add_qdisc(device: &str) -> Result<(), TcError> {
@@ -92,8 +174,13 @@ fn add_qdisc(device: &str) -> Result<(), TcError> {
     }
 }
 
-/// The filter at our place, whoever put it there.
-pub(super) fn find(hook: &Hook<'_>) -> io::Result<Option<Filter>> {
+/// Our filter on the hook.
+pub(super) fn find(hook: &Hook<'_>, name: &str) -> io::Result<Option<Filter>> {
+    Ok(first_of(&list(hook)?, |filter| filter.is(name)).cloned())
+}
+
+/// Every filter on the hook; none where there is no qdisc or no such device.
+fn list(hook: &Hook<'_>) -> io::Result<Vec<Filter>> {
     let parent = match hook.side.tc() {
         TcAttachType::Egress => CLSACT_EGRESS,
         TcAttachType::Ingress | TcAttachType::Custom(_) => CLSACT_INGRESS,
@@ -101,57 +188,84 @@ pub(super) fn find(hook: &Hook<'_>) -> io::Result<Option<Filter>> {
     let mut request = Vec::with_capacity(36);
     request.extend(36_u32.to_ne_bytes());
     request.extend(RTM_GETTFILTER.to_ne_bytes());
-    request.extend(NLM_F_REQUEST.to_ne_bytes());
+    request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
     request.extend(1_u32.to_ne_bytes());
     request.extend(0_u32.to_ne_bytes());
     // struct tcmsg: family, padding, ifindex, handle, parent, info
     request.extend([0_u8; 4]);
     request.extend(hook.ifindex.to_ne_bytes());
-    request.extend(u32::from(HANDLE).to_ne_bytes());
+    request.extend([0_u8; 4]);
     request.extend(parent.to_ne_bytes());
-    request.extend(((u32::from(PRIORITY) << 16) | u32::from(ETH_P_ALL.to_be())).to_ne_bytes());
+    request.extend([0_u8; 4]);
 
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.send(&request, 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    parse(&answer)
+    let mut filters = Vec::new();
+    loop {
+        let (answer, _) = socket.recv_from_full()?;
+        if parse(&answer, &mut filters)? {
+            return Ok(filters);
+        }
+    }
 }
 
-/// `None` for the errors that say that no such filter, qdisc or device exists.
-fn parse(answer: &[u8]) -> io::Result<Option<Filter>> {
-    let cut = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer about a tc filter is cut");
-    let kind = answer.get(4..6).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(cut)?;
-    match kind {
-        NLMSG_ERROR => {
-            let code =
-                answer.get(16..20).and_then(|b| b.try_into().ok()).map(i32::from_ne_bytes).ok_or_else(cut)?;
-            match -code {
-                libc::ENOENT | libc::EINVAL | libc::ENODEV => Ok(None),
-                errno => Err(io::Error::from_raw_os_error(errno)),
+/// Takes the filters out of some messages; true when the last one was among them.
+fn parse(mut answer: &[u8], filters: &mut Vec<Filter>) -> io::Result<bool> {
+    let cut = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer about tc filters is cut");
+    while !answer.is_empty() {
+        let length = number(answer, 0).ok_or_else(cut)? as usize;
+        let message = answer.get(..length).filter(|message| message.len() >= 16).ok_or_else(cut)?;
+        answer = answer.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let kind =
+            message.get(4..6).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(cut)?;
+        match kind {
+            NLMSG_DONE => return Ok(true),
+            NLMSG_ERROR => {
+                let code = number(message, 16).ok_or_else(cut)?.cast_signed();
+                return match -code {
+                    libc::ENOENT | libc::EINVAL | libc::ENODEV => Ok(true),
+                    errno => Err(io::Error::from_raw_os_error(errno)),
+                };
             }
-        }
-        RTM_NEWTFILTER => {
-            let mut filter = Filter { name: String::new(), program: None };
-            for (kind, value) in attributes(answer.get(36..).ok_or_else(cut)?) {
-                match kind {
-                    TCA_KIND if value != b"bpf\0" => filter.name = text(value),
-                    TCA_OPTIONS => {
-                        for (kind, value) in attributes(value) {
-                            match kind {
-                                TCA_BPF_NAME => filter.name = text(value),
-                                TCA_BPF_ID => filter.program = value.try_into().ok().map(u32::from_ne_bytes),
-                                _ => {}
-                            }
-                        }
-                    }
-                    _ => {}
+            RTM_NEWTFILTER => {
+                let (handle, info) =
+                    (number(message, 24).ok_or_else(cut)?, number(message, 32).ok_or_else(cut)?);
+                // Without a handle it is the head of a list.
+                if handle != 0 {
+                    let priority = (info >> 16) as u16;
+                    filters.push(filter(priority, handle, message.get(36..).ok_or_else(cut)?));
                 }
             }
-            Ok(Some(filter))
+            _ => {}
         }
-        _ => Err(cut()),
     }
+    Ok(false)
+}
+
+fn filter(priority: u16, handle: u32, body: &[u8]) -> Filter {
+    let mut filter = Filter { priority, handle, chain: 0, name: String::new(), program: None };
+    for (kind, value) in attributes(body) {
+        match kind {
+            TCA_KIND if filter.name.is_empty() => filter.name = text(value),
+            TCA_CHAIN => filter.chain = number(value, 0).unwrap_or(0),
+            TCA_OPTIONS => {
+                for (kind, value) in attributes(value) {
+                    match kind {
+                        TCA_BPF_NAME if filter.name == "bpf" => filter.name = text(value),
+                        TCA_BPF_ID => filter.program = number(value, 0),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    filter
+}
+
+fn number(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
 /// Type and value of each attribute; ends at the first that is not whole.
@@ -190,26 +304,72 @@ mod tests {
         bytes
     }
 
-    #[test]
-    fn the_name_tells_whose_filter_it_is() {
-        let options =
-            [attribute(TCA_BPF_NAME, b"flannel_encap\0"), attribute(TCA_BPF_ID, &7_u32.to_ne_bytes())]
-                .concat();
-        let body = [vec![0; 20], attribute(TCA_KIND, b"bpf\0"), attribute(TCA_OPTIONS, &options)].concat();
-        let wanted = Filter { name: "flannel_encap".to_owned(), program: Some(7) };
-        assert_eq!(parse(&answer(RTM_NEWTFILTER, &body)).unwrap(), Some(wanted));
+    /// A message about a filter: `struct tcmsg`, then the attributes.
+    fn told(priority: u32, handle: u32, attributes: &[Vec<u8>]) -> Vec<u8> {
+        let mut body = vec![0; 8];
+        body.extend(handle.to_ne_bytes());
+        body.extend(CLSACT_INGRESS.to_ne_bytes());
+        body.extend((priority << 16).to_ne_bytes());
+        body.extend(attributes.concat());
+        answer(RTM_NEWTFILTER, &body)
+    }
 
-        let body = [vec![0; 20], attribute(TCA_KIND, b"u32\0")].concat();
-        let other = Filter { name: "u32".to_owned(), program: None };
-        assert_eq!(parse(&answer(RTM_NEWTFILTER, &body)).unwrap(), Some(other));
+    fn bpf(name: &[u8], id: u32) -> [Vec<u8>; 2] {
+        let options = [attribute(TCA_BPF_NAME, name), attribute(TCA_BPF_ID, &id.to_ne_bytes())].concat();
+        [attribute(TCA_KIND, b"bpf\0"), attribute(TCA_OPTIONS, &options)]
+    }
+
+    fn of(name: &str, priority: u16) -> Filter {
+        Filter { priority, handle: 1, chain: 0, name: name.to_owned(), program: None }
+    }
+
+    #[test]
+    fn every_filter_of_a_hook_is_read_until_the_kernel_is_done() {
+        let mut filters = Vec::new();
+        let first = [
+            told(1, 0, &[attribute(TCA_KIND, b"u32\0")]),
+            told(
+                1,
+                0x8000_0800,
+                &[attribute(TCA_KIND, b"u32\0"), attribute(TCA_CHAIN, &3_u32.to_ne_bytes())],
+            ),
+        ]
+        .concat();
+        assert!(!parse(&first, &mut filters).unwrap());
+        let last = [told(50, 1, &bpf(b"flannel_encap\0", 7)), answer(NLMSG_DONE, &[0; 4])].concat();
+        assert!(parse(&last, &mut filters).unwrap());
+        let u32_filter = Filter { handle: 0x8000_0800, chain: 3, ..of("u32", 1) };
+        assert_eq!(filters, [u32_filter, Filter { program: Some(7), ..of("flannel_encap", 50) }]);
     }
 
     #[test]
     fn no_filter_is_an_answer_and_no_permission_an_error() {
         for (errno, gone) in [(libc::ENOENT, true), (libc::EINVAL, true), (libc::EPERM, false)] {
-            let result = parse(&answer(NLMSG_ERROR, &(-errno).to_ne_bytes()));
-            assert_eq!(matches!(result, Ok(None)), gone, "{errno}");
+            let result = parse(&answer(NLMSG_ERROR, &(-errno).to_ne_bytes()), &mut Vec::new());
+            assert_eq!(matches!(result, Ok(true)), gone, "{errno}");
         }
-        assert!(parse(&[]).is_err());
+        assert!(parse(&[1, 2, 3], &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn ours_goes_before_the_first_of_others_and_nothing_before_one() {
+        let ours = of("flannel_ingress", 50);
+        let first = |filters: &[Filter]| free_priority(filters, Order::First);
+        assert_eq!(first(&[]), 50);
+        assert_eq!(first(&[of("u32", 60)]), 50);
+        assert_eq!(first(&[of("other", 50)]), 49);
+        assert_eq!(first(&[of("u32", 60), of("u32", 10)]), 9);
+        assert_eq!(first(&[of("u32", 1), of("u32", 50)]), 51);
+        assert_eq!(before(&[of("u32", 10), ours.clone()]), Some(9));
+        assert_eq!(before(&[of("u32", 1), ours.clone()]), None);
+        assert_eq!(free_priority(&[of("u32", 10)], Order::Last), 50);
+        assert_eq!(free_priority(&[of("u32", 10), of("u32", 49152)], Order::Last), 49153);
+        // What another chain holds is met only by packets that are sent there.
+        let elsewhere = Filter { chain: 7, ..of("other", 1) };
+        assert_eq!(ahead_of(&[elsewhere, ours.clone()], "flannel_ingress"), None);
+        assert_eq!(ahead_of(&[of("u32", 60), ours.clone()], "flannel_ingress"), None);
+        let found = [of("u32", 30), ours, of("u32", 20)];
+        assert_eq!(ahead_of(&found, "flannel_ingress").map(|filter| filter.priority), Some(20));
+        assert_eq!(ahead_of(&[of("u32", 20)], "flannel_ingress"), None, "ours is not there at all");
     }
 }

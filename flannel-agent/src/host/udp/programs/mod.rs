@@ -116,6 +116,13 @@ pub enum TcKind {
     Clsact,
 }
 
+/// Who runs before ours at a hook.
+pub struct Front {
+    pub what: String,
+    /// Nothing can be put before it.
+    pub stays: bool,
+}
+
 /// Loaded programs with one set of settings.
 pub struct Programs {
     loadable: Loadable,
@@ -216,11 +223,15 @@ impl Programs {
     pub fn attach_in_front(
         &mut self,
         name: &'static str,
+        kind: TcKind,
         hook: &Hook<'_>,
         pins: &PinFolder,
     ) -> Result<(), Refusal> {
         let doing = || format!("attach {name} first to {} of {}", hook.side.word(), hook.device);
         let program = self.classifier(name)?;
+        if kind == TcKind::Clsact {
+            return clsact::attach_in_front(program, hook, name);
+        }
         let order = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program
             .attach_with_options(hook.device, hook.side.tc(), order)
@@ -245,9 +256,9 @@ impl Programs {
         let id = self.id(name).ok_or_else(|| format!("{name} is not loaded"))?;
         match kind {
             TcKind::Tcx => check_link(&pins.link(hook.pin), LinkKind::Tcx(hook.side.tcx()), hook.ifindex, id),
-            TcKind::Clsact => match clsact::find(hook) {
-                Ok(Some(filter)) if filter.name == name && filter.program.is_none_or(|p| p == id) => Ok(()),
-                Ok(Some(filter)) => Err(format!("the filter on {} is {:?}", hook.device, filter.name)),
+            TcKind::Clsact => match clsact::find(hook, name) {
+                Ok(Some(filter)) if filter.program.is_none_or(|p| p == id) => Ok(()),
+                Ok(Some(_)) => Err(format!("the filter on {} has another program", hook.device)),
                 Ok(None) => Err(format!("the filter on {} is gone", hook.device)),
                 Err(e) => Err(format!("the filter on {} can't be read: {e}", hook.device)),
             },
@@ -258,7 +269,18 @@ impl Programs {
     /// The program that runs before ours at a tcx hook, if one does: it may swallow what is the tunnel's. Those of this
     /// host's other tunnels do not, each takes packets of its own port only.
     #[must_use]
-    pub fn ahead_of(&self, name: &'static str, hook: &Hook<'_>, pins: &PinFolder) -> Option<u32> {
+    pub fn ahead_of(
+        &self,
+        name: &'static str,
+        kind: TcKind,
+        hook: &Hook<'_>,
+        pins: &PinFolder,
+    ) -> Option<Front> {
+        if kind == TcKind::Clsact {
+            let filter = clsact::ahead(hook, name)?;
+            let what = format!("filter {} of priority {}", filter.name, filter.priority);
+            return Some(Front { what, stays: filter.priority == 1 });
+        }
         let id = self.id(name)?;
         let programs = inspect::tcx_programs(hook.ifindex, hook.side.tcx()).ok()?;
         let mut ahead = programs.into_iter().take_while(|other| *other != id).peekable();
@@ -268,7 +290,8 @@ impl Programs {
             .iter()
             .filter_map(|pin| inspect::pinned_link(pin).ok()??.program.into())
             .collect();
-        ahead.find(|program| !siblings.contains(program))
+        let other = ahead.find(|program| !siblings.contains(program))?;
+        Some(Front { what: format!("BPF program {other}"), stays: false })
     }
 
     /// Hangs XDP decapsulation on the interface in native mode, the build with fragments where the plain one does not
@@ -398,13 +421,13 @@ pub fn detach_clsact(name: &'static str, hook: &Hook<'_>) -> Result<(), Refusal>
 /// Whether a filter of ours by that name is on the hook. False also where nobody can say: no clsact, no permission.
 #[must_use]
 pub fn has_clsact(name: &'static str, hook: &Hook<'_>) -> bool {
-    matches!(clsact::find(hook), Ok(Some(filter)) if filter.name == name)
+    matches!(clsact::find(hook, name), Ok(Some(_)))
 }
 
 /// Id of the program of our filter by that name on the hook.
 #[must_use]
 pub fn clsact_program(name: &'static str, hook: &Hook<'_>) -> Option<u32> {
-    clsact::find(hook).ok().flatten().filter(|filter| filter.name == name)?.program
+    clsact::find(hook, name).ok().flatten()?.program
 }
 
 /// What a pin had to offer.
