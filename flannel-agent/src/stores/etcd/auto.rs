@@ -31,10 +31,11 @@ pub(super) struct Auto {
 struct Apis {
     prefix: String,
     v3: Arc<V3>,
-    /// What v2 is made of. It takes tens of milliseconds where the system's certificate authorities must be read, for
-    /// which v3 does not wait.
+    /// What v2 is made of.
     options: Checked,
-    v2: OnceCell<Arc<V2>>,
+    /// Only while it may be the one. Making it takes tens of milliseconds where the system's certificate authorities must
+    /// be read, for which v3 does not wait.
+    v2: Mutex<Option<Arc<V2>>>,
     chosen: OnceCell<Arc<dyn Registry>>,
     deciding: Mutex<()>,
 }
@@ -48,7 +49,7 @@ impl Auto {
             prefix,
             v3,
             options,
-            v2: OnceCell::new(),
+            v2: Mutex::default(),
             chosen: OnceCell::new(),
             deciding: Mutex::default(),
         };
@@ -80,7 +81,7 @@ impl Apis {
         let v2 = tokio::spawn(async move { apis.network_in_v2().await });
         let chosen: Arc<dyn Registry> = match holds_a_network(&*self.v3, &self.prefix).await {
             Ok(true) => {
-                tokio::spawn(warn_of_both(v2, self.prefix.clone()));
+                tokio::spawn(self.clone().without_v2(v2));
                 tracing::info!("leases are in etcd's v3 keyspace");
                 self.v3.clone()
             }
@@ -99,23 +100,16 @@ impl Apis {
 
     /// v2, when there is a network in it.
     async fn network_in_v2(&self) -> Option<Arc<V2>> {
-        let make = || async {
-            let options = self.options.clone();
-            spawn_blocking(|| V2::new(options))
-                .await
-                .map_err(|error| error.to_string())?
-                .map(Arc::new)
-                .map_err(|error| error.to_string())
-        };
-        let v2 = match self.v2.get_or_try_init(make).await {
+        let made = self.v2().await;
+        let v2 = match made {
             Ok(v2) => v2,
             Err(error) => {
                 tracing::debug!("etcd's v2 API can't be asked: {error}");
                 return None;
             }
         };
-        match holds_a_network(&**v2, &self.prefix).await {
-            Ok(true) => Some(v2.clone()),
+        match holds_a_network(&*v2, &self.prefix).await {
+            Ok(true) => Some(v2),
             Ok(false) => None,
             // Most often that there is no such API.
             Err(RegistryError::Unreachable(reason) | RegistryError::Refused(reason)) => {
@@ -124,20 +118,33 @@ impl Apis {
             }
         }
     }
+
+    async fn v2(&self) -> Result<Arc<V2>, String> {
+        let mut v2 = self.v2.lock().await;
+        if let Some(v2) = &*v2 {
+            return Ok(v2.clone());
+        }
+        let options = self.options.clone();
+        let made = spawn_blocking(|| V2::new(options)).await.map_err(|error| error.to_string())?;
+        Ok(v2.insert(Arc::new(made.map_err(|error| error.to_string())?)).clone())
+    }
+
+    /// v3 was chosen: a last look at what v2 has.
+    async fn without_v2(self: Arc<Self>, v2: JoinHandle<Option<Arc<V2>>>) {
+        if let Ok(Some(_)) = v2.await {
+            let prefix = &self.prefix;
+            tracing::warn!(
+                "both of etcd's keyspaces hold a network configuration below {prefix}, and nodes in one do not see those \
+                 in the other: taking v3; --etcd-api=v2 takes the other, --etcd-api=v3 this one without a warning"
+            );
+        }
+        *self.v2.lock().await = None;
+    }
 }
 
 fn chosen_v2(v2: Arc<V2>) -> Arc<dyn Registry> {
     tracing::info!("leases are in etcd's v2 keyspace; `flannel-agent migrate-etcd` moves them to v3's");
     v2
-}
-
-async fn warn_of_both(v2: JoinHandle<Option<Arc<V2>>>, prefix: String) {
-    if let Ok(Some(_)) = v2.await {
-        tracing::warn!(
-            "both of etcd's keyspaces hold a network configuration below {prefix}, and nodes in one do not see those in \
-             the other: taking v3; --etcd-api=v2 takes the other, --etcd-api=v3 this one without a warning"
-        );
-    }
 }
 
 #[async_trait]
@@ -212,9 +219,10 @@ impl Registry for Auto {
     }
 
     fn reconnect(&self) {
-        self.apis.v3.reconnect();
-        if let Some(v2) = self.apis.v2.get() {
-            v2.reconnect();
+        match self.apis.chosen.get() {
+            Some(chosen) => chosen.reconnect(),
+            // Of v2 there is no watch yet, and its calls end by themselves.
+            None => self.apis.v3.reconnect(),
         }
     }
 }
