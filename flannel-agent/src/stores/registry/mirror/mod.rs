@@ -209,6 +209,11 @@ impl Mirror {
         ];
         let [old_watch, new_watch] = &mut watches;
         for key in keys {
+            let revisions = old.get(&key).zip(new.get(&key)).map(|(old, new)| (old.revision, new.revision));
+            let known = agreed.get(&key).map(|agreed| (agreed.old.revision, agreed.new.revision));
+            if known.is_some() && known == revisions {
+                continue;
+            }
             if let Some(end) = self.settle(&key, agreed, say).await.map_err(text)? {
                 return Ok(Some(end));
             }
