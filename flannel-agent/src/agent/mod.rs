@@ -318,10 +318,10 @@ impl<H: Host> Agent<H> {
                 continue;
             }
             let Some(applied) = &self.applied else { return };
-            // A route to a tunnel that carries nothing would swallow packets.
-            let ready = |device: &str| {
-                wanted.iter().filter(|item| item.makes(device)).all(|item| applied.contains(item))
-            };
+            // A route to a tunnel that carries nothing would swallow packets. Looked for once, not for each of the peers.
+            let unready: BTreeSet<&str> =
+                wanted.iter().filter_map(|item| item.makes().filter(|_| !applied.contains(item))).collect();
+            let ready = |device: &str| !unready.contains(device);
             let others = others
                 .into_iter()
                 .filter(|change| match change {

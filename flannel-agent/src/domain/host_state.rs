@@ -178,12 +178,12 @@ impl HostItem {
         }
     }
 
-    /// Whether `device` carries packets only once this is in place.
-    pub fn makes(&self, device: &str) -> bool {
+    /// The device that carries packets only once this is in place.
+    pub fn makes(&self) -> Option<&str> {
         match self {
-            Self::Link(link) => link.name == device,
-            Self::Tunnel(tunnel) => tunnel.device == device,
-            Self::Sysctl(_) | Self::Address(_) | Self::TunnelPeer(_) | Self::Route(_) => false,
+            Self::Link(link) => Some(&link.name),
+            Self::Tunnel(tunnel) => Some(&tunnel.device),
+            Self::Sysctl(_) | Self::Address(_) | Self::TunnelPeer(_) | Self::Route(_) => None,
         }
     }
 }
