@@ -14,7 +14,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     vec![scenario(
         "the_chart_gives_what_the_manifest_gives_and_follows_its_values",
         Lab::new("kube-chart").hosts(1),
-        |lab| follows(lab),
+        follows,
     )]
 }
 
