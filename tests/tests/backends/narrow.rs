@@ -180,10 +180,8 @@ fn learned(lab: &mut Lab, reason: &str) -> Result<()> {
     let (pod, host) = (&lab.host(0).pod()?.netns, lab.host(0).netns());
     let full = Ping::new(pod, to).packet(1372).dont_fragment().run()?;
     ensure!(full.lost() == 0, "{full}");
-    // On a busy machine one of three was lost once over the user-space tunnel, and where is not known: of two tries one
-    // must be whole.
-    let first = Ping::new(host, to).packet(3000).run()?;
-    let cut = if first.lost() == 0 { first } else { Ping::new(host, to).packet(3000).run()? };
+    // A busy machine may take its time over the user-space tunnel; lost is nothing.
+    let cut = Ping::new(host, to).packet(3000).option("-W5").run()?;
     ensure!(cut.lost() == 0, "{cut}");
     let log = lab.host(0).agent()?.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("MTU was 1472 and is 1372")).collect();
