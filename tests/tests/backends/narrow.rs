@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
     agent::{AgentOptions, PeerCount, Status},
+    pods,
     probe::{
         capture::{Capture, ipv4},
         ping::Ping,
@@ -180,8 +181,8 @@ fn learned(lab: &mut Lab, reason: &str) -> Result<()> {
     let (pod, host) = (&lab.host(0).pod()?.netns, lab.host(0).netns());
     let full = Ping::new(pod, to).packet(1372).dont_fragment().run()?;
     ensure!(full.lost() == 0, "{full}");
-    // A busy machine may take its time over the user-space tunnel; lost is nothing.
-    let cut = Ping::new(host, to).packet(3000).option("-W5").run()?;
+    let in_user_space = lab.host(0).status()?.tier() == "tun";
+    let cut = pods::whole(&Ping::new(host, to).packet(3000), in_user_space)?;
     ensure!(cut.lost() == 0, "{cut}");
     let log = lab.host(0).agent()?.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("MTU was 1472 and is 1372")).collect();
