@@ -3,11 +3,7 @@
 use std::net::SocketAddrV4;
 
 use crate::{
-    probe::{
-        ping::{Ping, PingReport},
-        tcp::TcpPath,
-        udp::Datagrams,
-    },
+    probe::{ping::Ping, tcp::TcpPath, udp::Datagrams},
     topology::{Host, Lab},
 };
 use anyhow::{Context as _, Result, ensure};
@@ -40,33 +36,20 @@ pub fn tcp(from: &Host, to: &Host) -> Result<TcpPath> {
 pub fn pings(from: &Host, to: &Host) -> Result<()> {
     let (pod, target) = (from.pod()?, to.pod()?.address);
     let mtu = from.agent()?.subnet_env()?.mtu;
-    let in_user_space =
-        [from, to].iter().any(|host| host.status().is_ok_and(|status| status.tier() == "tun"));
     let small = Ping::new(&pod.netns, target).run()?;
     ensure!(small.lost() == 0, "{small}");
-    let full = whole(&Ping::new(&pod.netns, target).packet(mtu).dont_fragment(), in_user_space)?;
+    let full = Ping::new(&pod.netns, target).packet(mtu).dont_fragment().run()?;
     ensure!(full.lost() == 0, "packets of {mtu} bytes with DF: {full}");
     let over = Ping::new(&pod.netns, target).packet(mtu + 1).dont_fragment().count(1).run()?;
     ensure!(
-        over.received == 0 && over.text.contains(&mtu.to_string()),
+        over.received == 0 && over.said().contains(&mtu.to_string()),
         "packets of {} bytes: {over}",
         mtu + 1
     );
     // Fragmented by the sender into inner fragments, one per datagram.
-    let fragments = whole(&Ping::new(&pod.netns, target).packet(3000), in_user_space)?;
+    let fragments = Ping::new(&pod.netns, target).packet(3000).run()?;
     ensure!(fragments.lost() == 0, "packets of 3000 bytes without DF: {fragments}");
     Ok(())
-}
-
-/// Big pings, of which none should be lost. Over the user-space tunnel one of three goes missing once in many runs (seen on
-/// 6.1, 6.12 and 6.18), and why is not known: until it is, they may be repeated there once.
-pub fn whole(ping: &Ping, in_user_space: bool) -> Result<PingReport> {
-    let report = ping.run()?;
-    if report.lost() > 0 && in_user_space {
-        eprintln!("repeated: {report}");
-        return ping.run();
-    }
-    Ok(report)
 }
 
 /// A TCP stream, every byte compared.

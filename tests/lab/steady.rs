@@ -39,7 +39,7 @@ impl Traffic {
         Ok(traffic)
     }
 
-    /// Stops it; pings lost on the way (both directions) and the stream, which must have arrived whole.
+    /// Stops it; pings lost (both directions) and the stream, which must have arrived whole.
     pub fn stop(self) -> Result<(u32, Transfer)> {
         ensure!(
             self.flow.is_alive(),
@@ -51,10 +51,10 @@ impl Traffic {
         for ping in self.pings {
             let report = ping.stop()?;
             ensure!(report.sent > 50, "{report}");
-            if report.lost_on_the_way() > 0 {
+            if report.lost() > 0 {
                 println!("{report}");
             }
-            lost += report.lost_on_the_way();
+            lost += report.lost();
         }
         Ok((lost, transfer))
     }

@@ -365,7 +365,7 @@ impl Host {
 /// a second after the devices are up.
 fn wait_for_carrier(pod: &Arc<Namespace>, gateway: Ipv4Addr) -> Result<()> {
     let started = Instant::now();
-    let ping = Ping::new(pod, gateway).count(1).option("-W0.1");
+    let ping = Ping::new(pod, gateway).count(1).patience(Duration::from_millis(100));
     loop {
         let report = ping.run()?;
         if report.lost() == 0 {

@@ -160,9 +160,9 @@ fn larger_pods(lab: &mut Lab) -> Result<()> {
         netns.ip(&format!("link set {device} mtu 1500"))?;
     }
     let told = Ping::new(&pod.netns, b).packet(1473).dont_fragment().count(1).run()?;
-    ensure!(told.received == 0 && told.text.contains("(mtu = 1472)"), "{told}");
+    ensure!(told.received == 0 && told.said().contains("(mtu = 1472)"), "{told}");
     let host = Ping::new(a.netns(), b).packet(1473).dont_fragment().count(1).run()?;
-    ensure!(host.received == 0 && host.text.contains("mtu=1472"), "{host}");
+    ensure!(host.received == 0 && host.said().contains("mtu=1472"), "{host}");
     let full = Ping::new(&pod.netns, b).packet(1472).dont_fragment().run()?;
     ensure!(full.lost() == 0, "{full}");
     let cut = Ping::new(&pod.netns, b).packet(1500).run()?;
@@ -175,7 +175,7 @@ fn time_to_live(lab: &mut Lab) -> Result<()> {
     let (a, b) = (lab.host(0).pod()?, lab.host(1).pod()?);
     let seen = |sent: u8, count: u32| -> Result<Vec<u8>> {
         let capture = Capture::start(&b.netns, "eth0")?;
-        Ping::new(&a.netns, b.address).count(count).option(&format!("-t{sent}")).run()?;
+        Ping::new(&a.netns, b.address).count(count).ttl(sent).run()?;
         let frames = capture.finish()?;
         let from = a.address.octets();
         Ok(frames

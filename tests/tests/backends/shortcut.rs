@@ -96,7 +96,7 @@ fn pods(lab: &mut Lab) -> Result<()> {
 fn answers(lab: &Lab) -> Result<()> {
     let (a, b) = (lab.host(0).pod()?, lab.host(1).pod()?);
     let started = Instant::now();
-    while Ping::new(&a.netns, b.address).count(1).option("-W0.2").run()?.lost() > 0 {
+    while Ping::new(&a.netns, b.address).count(1).patience(Duration::from_millis(200)).run()?.lost() > 0 {
         ensure!(started.elapsed() < SOON, "the pod does not answer");
     }
     Ok(())

@@ -203,7 +203,7 @@ impl Pings {
         for ping in self.0 {
             let report = ping.stop()?;
             ensure!(report.sent > 20, "too few to tell: {report}");
-            ensure!(report.lost_on_the_way() == 0, "{report}");
+            ensure!(report.lost() == 0, "{report}");
         }
         Ok(())
     }

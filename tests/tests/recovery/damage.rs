@@ -77,7 +77,7 @@ pub(crate) fn reachable(lab: &Lab, limit: Duration) -> Result<Duration> {
     let (from, to) = (&lab.host(0).pod()?.netns, lab.host(1).pod()?.address);
     let started = Instant::now();
     loop {
-        let report = Ping::new(from, to).count(1).option("-W0.2").run()?;
+        let report = Ping::new(from, to).count(1).patience(Duration::from_millis(200)).run()?;
         if report.received == 1 {
             return Ok(started.elapsed());
         }
