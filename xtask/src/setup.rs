@@ -60,7 +60,7 @@ const PACKAGES: [Package; 15] = [
     package("ethtool", Sign::Program("ethtool"), "tests switch offloads of devices"),
     package("iptables", Sign::Program("iptables"), "tests of ClusterIP, masquerade and FORWARD rules"),
     package("nftables", Sign::Program("nft"), "tests see what rules the kernel has"),
-    package("iputils-ping", Sign::Program("ping"), "tests and demo ping between pods"),
+    package("iputils-ping", Sign::Program("ping"), "a test pings over IPv6; for looking around in a lab"),
     package("procps", Sign::Program("sysctl"), "for looking around in a lab"),
     package("tcpdump", Sign::Program("tcpdump"), "for looking at the wire in a lab"),
     package("openssl", Sign::Program("openssl"), "tests make certificates for etcd"),

@@ -6,6 +6,7 @@
 mod damage;
 mod peers;
 mod rig;
+mod strangers;
 mod takeover;
 mod tiers;
 mod traffic;
@@ -33,10 +34,10 @@ fn main() -> ExitCode {
         ("packets_of_the_tunnel_merge_in_the_gro_pair", tiers::merging),
         ("offloads_of_a_veth_underlay_are_changed_and_put_back", tiers::offloads),
         ("removing_a_tunnel_leaves_nothing", tiers::removing),
-        ("a_foreign_tc_program_stays_and_one_in_front_ends_up_behind", tiers::foreign_tc),
-        ("another_that_insists_on_being_first_is_reported_and_left_there", tiers::contested),
-        ("a_foreign_xdp_program_stays_and_tc_is_taken_until_it_leaves", tiers::foreign_xdp),
-        ("clsact_is_replaced_in_place_and_leaves_others_alone", tiers::clsact),
+        ("a_foreign_tc_program_stays_and_one_in_front_ends_up_behind", strangers::foreign_tc),
+        ("another_that_insists_on_being_first_is_reported_and_left_there", strangers::contested),
+        ("a_foreign_xdp_program_stays_and_tc_is_taken_until_it_leaves", strangers::foreign_xdp),
+        ("clsact_is_replaced_in_place_and_leaves_others_alone", strangers::clsact),
         ("a_new_agent_takes_over_without_losing_a_packet", takeover::nothing_lost),
         ("packets_flow_on_while_no_agent_runs", takeover::no_agent),
         ("counters_and_peers_survive_the_agent", takeover::counters_survive),

@@ -7,16 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use aya::programs::links::LinkOrder;
-use aya::programs::tc::TcAttachOptions;
-use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
-use aya::{Ebpf, EbpfLoader};
 use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck};
-use flannel_agent::host::udp::object;
-use flannel_agent::host::udp::programs::{self, Hook, LinkPin, Order, PinFolder, Programs, Side, inspect};
+use flannel_agent::host::udp::programs::inspect;
 use flannel_agent::host::udp::userspace::{Role, UdpGro, UserTunnel, UserTunnelConfig};
 use flannel_common::counter::Counter;
-use flannel_common::tunnel::Settings;
 
 use crate::rig::{DEVICE, Inside, Node, Rig, UNDERLAY};
 use crate::traffic;
@@ -340,16 +334,16 @@ fn segmentation(node: &Node) -> Result<String> {
 }
 
 /// Ids of the programs at a tcx hook.
-fn tcx(node: &Node, device: &'static str, side: u32) -> Result<Vec<u32>> {
+pub(crate) fn tcx(node: &Node, device: &'static str, side: u32) -> Result<Vec<u32>> {
     node.run(move |_| -> Result<Vec<u32>> {
         Ok(inspect::tcx_programs(nix::net::if_::if_nametoindex(device)?, side)?)
     })
 }
 
-const INGRESS: u32 = 46;
+pub(crate) const INGRESS: u32 = 46;
 const EGRESS: u32 = 47;
 
-fn has_xdp(node: &Node) -> Result<bool> {
+pub(crate) fn has_xdp(node: &Node) -> Result<bool> {
     Ok(node.ip(&format!("-details link show dev {UNDERLAY}"))?.contains("xdp"))
 }
 
@@ -390,173 +384,5 @@ pub(crate) fn another_underlay() -> Result<()> {
         ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.is_empty() && !has_xdp(&rig.b)?, "{datapath}: left behind");
         rig.talks().with_context(|| format!("{datapath}"))?;
     }
-    Ok(())
-}
-
-/// Somebody else's object: ours with settings that no packet fits, so that it lets everything pass.
-fn stranger() -> Result<Ebpf> {
-    // A network that is nobody's: of 0.0.0.0/0 every marked packet would be.
-    let settings = Settings { network: u32::MAX, network_mask: u32::MAX, ..Settings::default() };
-    Ok(EbpfLoader::new().btf(None).override_global("SETTINGS", &settings, true).load(object::OBJECT)?)
-}
-
-/// Attaches a foreign classifier in front of all others; returns its id. It stays until `Ebpf` is dropped.
-fn attach_stranger(ebpf: &mut Ebpf) -> Result<u32> {
-    let program: &mut SchedClassifier = ebpf.program_mut("flannel_ingress").context("program")?.try_into()?;
-    program.load()?;
-    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-    program.attach_with_options(UNDERLAY, TcAttachType::Ingress, order)?;
-    Ok(program.info()?.id())
-}
-
-pub(crate) fn foreign_tc() -> Result<()> {
-    let rig = Rig::new()?;
-    let mut early = stranger()?;
-    let (early, id) = rig.b.run(move |_| {
-        let id = attach_stranger(&mut early);
-        (early, id)
-    });
-    let early_id = id?;
-    rig.up(Datapath::Ebpf)?;
-    let programs = tcx(&rig.b, UNDERLAY, INGRESS)?;
-    ensure!(programs.len() == 2 && programs[1] == early_id, "ours is first: {programs:?}");
-    rig.talks()?;
-
-    let mut late = stranger()?;
-    let (late, id) = rig.b.run(move |_| {
-        let id = attach_stranger(&mut late);
-        (late, id)
-    });
-    let late_id = id?;
-    rig.b.disturbed_within(Duration::from_secs(1))?;
-    ensure!(!rig.b.is_in_place()?, "the place is not missed");
-    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
-    ensure!(rig.b.is_in_place()?);
-    let programs = tcx(&rig.b, UNDERLAY, INGRESS)?;
-    ensure!(programs.len() == 3 && programs[1..] == [late_id, early_id], "ours is first: {programs:?}");
-    let reason = rig.b.report()?.reason;
-    ensure!(reason.ends_with("; displaced once by another program, first again"), "{reason}");
-    rig.talks()?;
-
-    rig.b.remove(Datapath::Ebpf)?;
-    ensure!(tcx(&rig.b, UNDERLAY, INGRESS)? == [late_id, early_id]);
-    drop((early, late));
-    Ok(())
-}
-
-/// Another agent that also wants to be first: after a few rounds it is, and packets flow on all the while.
-pub(crate) fn contested() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.up(Datapath::Ebpf)?;
-    rig.talks()?;
-    let flood = rig.flood()?;
-    let mut others = Vec::new();
-    for _ in 0..3 {
-        let mut other = stranger()?;
-        let (other, id) = rig.b.run(move |_| {
-            let id = attach_stranger(&mut other);
-            (other, id)
-        });
-        others.push((other, id?));
-        ensure!(!rig.b.is_in_place()?, "the place is not missed");
-        rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
-        ensure!(rig.b.is_in_place()?);
-    }
-    let mut last = stranger()?;
-    let (last, id) = rig.b.run(move |_| {
-        let id = attach_stranger(&mut last);
-        (last, id)
-    });
-    let id = id?;
-    ensure!(rig.b.is_in_place()?, "it works all the same, and repairing has an end");
-    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
-    ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.first() == Some(&id));
-    let reason = rig.b.report()?.reason;
-    ensure!(reason.ends_with(&format!("; BPF program {id} runs before ours on ingress of eth0")), "{reason}");
-    flood.end_complete()?;
-    drop((others, last));
-    Ok(())
-}
-
-pub(crate) fn foreign_xdp() -> Result<()> {
-    let rig = Rig::new()?;
-    let mut foreign = stranger()?;
-    let foreign = rig.b.run(move |_| -> Result<Ebpf> {
-        let program: &mut Xdp = foreign.program_mut("flannel_pass").context("program")?.try_into()?;
-        program.load()?;
-        program.attach(UNDERLAY, XdpMode::Driver)?;
-        Ok(foreign)
-    })?;
-    rig.up(Datapath::Ebpf)?;
-    let report = rig.b.report()?;
-    ensure!(report.tier.name() == "tc+gro", "{report:?}");
-    ensure!(report.reason.starts_with("another XDP program is on eth0: "), "{}", report.reason);
-    rig.talks()?;
-    rig.b.remove(Datapath::Ebpf)?;
-    ensure!(has_xdp(&rig.b)?, "the foreign program is gone");
-    // When it leaves, XDP is ours.
-    rig.b.up(Datapath::Ebpf)?;
-    ensure!(rig.b.is_in_place()? && rig.b.tier()? == "tc+gro");
-    rig.b.run(move |_| drop(foreign));
-    ensure!(!rig.b.is_in_place()?, "the free place is not seen");
-    rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
-    ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{:?}", rig.b.report()?);
-    rig.talks()
-}
-
-pub(crate) fn clsact() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.b.command("tc", &format!("qdisc add dev {UNDERLAY} clsact"))?;
-    rig.b.command(
-        "tc",
-        &format!("filter add dev {UNDERLAY} ingress priority 60 protocol ip u32 match u32 0 0 flowid 1:1"),
-    )?;
-    let pins = PinFolder::new(&rig.b.bpffs, "clsact");
-    let bpffs = rig.b.bpffs.clone();
-    rig.b.run(move |_| -> Result<()> {
-        pins.prepare(&bpffs)?;
-        let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
-        let hook = Hook {
-            device: UNDERLAY,
-            ifindex,
-            side: Side::Ingress,
-            order: Order::First,
-            pin: LinkPin::Ingress,
-        };
-        let kind = programs::TcKind::Clsact;
-        for generation in 1..=2_u32 {
-            let settings = Settings { local: generation, ..Settings::default() };
-            let (mut programs, _maps) = Programs::load(settings, &pins)?;
-            ensure!(
-                programs.check_tc(programs::INGRESS, kind, &hook, &pins).is_err(),
-                "not yet {generation}"
-            );
-            programs.attach_clsact(programs::INGRESS, &hook)?;
-            programs.check_tc(programs::INGRESS, kind, &hook, &pins).map_err(|e| anyhow!(e))?;
-        }
-        Ok(())
-    })?;
-    let show = || rig.b.command("tc", &format!("filter show dev {UNDERLAY} ingress"));
-    let filters = show()?;
-    ensure!(
-        filters.matches("handle 0x1 flannel_ingress").count() == 1 && filters.contains("pref 50 "),
-        "{filters}"
-    );
-    ensure!(filters.contains("pref 60 u32"), "{filters}");
-    rig.b.run(|_| -> Result<()> {
-        let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
-        let hook = Hook {
-            device: UNDERLAY,
-            ifindex,
-            side: Side::Ingress,
-            order: Order::First,
-            pin: LinkPin::Ingress,
-        };
-        programs::detach_clsact(programs::INGRESS, &hook)?;
-        programs::detach_clsact(programs::INGRESS, &hook)?;
-        Ok(())
-    })?;
-    let filters = show()?;
-    ensure!(!filters.contains("flannel") && filters.contains("pref 60 u32"), "{filters}");
     Ok(())
 }

@@ -60,7 +60,6 @@ const PROGRAMS: &[&str] = &[
     "iptables-restore",
     "nft",
     "sysctl",
-    "ping",
     "etcd",
     "etcdctl",
 ];
