@@ -56,16 +56,6 @@ fn leased(host: &Host, network: &str, range: &str) -> Result<SubnetEnv> {
     }
 }
 
-/// Waits until the agent has logged `line`.
-fn said(host: &Host, line: &str) -> Result<()> {
-    let started = Instant::now();
-    while !host.agent()?.log().contains(line) {
-        ensure!(started.elapsed() < LIMIT, "{} did not say `{line}`", host.name());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
 /// The tunnel device that carries a subnet has its first address: pings it from the other host.
 fn reach(from: &Host, to: &SubnetEnv) -> Result<()> {
     let base = to.base();
@@ -116,7 +106,7 @@ fn come_and_go(lab: &mut Lab) -> Result<()> {
     lab.host(0).wait_output("ip route", &format!("{} via 10.99.0.12", red.key().replace('-', "/")), LIMIT)?;
 
     // Side by side on one interface, neither takes the other's program for a stranger's.
-    said(lab.host(0), "all networks are ready")?;
+    lab.host(0).agent()?.wait_log("all networks are ready")?;
     let before = lab.host(0).agent()?.log().lines().count();
     std::thread::sleep(Duration::from_secs(2));
     let log = lab.host(0).agent()?.log();

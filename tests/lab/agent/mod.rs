@@ -2,12 +2,11 @@
 //! (`/readyz`, `flannel-agent status --json`), and killed when dropped.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File},
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus},
+    path::PathBuf,
+    process::{Child, ExitStatus},
     sync::Arc,
     thread::sleep,
     time::{Duration, Instant},
@@ -18,9 +17,14 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde::Deserialize;
 
 use crate::namespace::Namespace;
+
+mod status;
+mod subnet_env;
+
+pub use status::{Count, Peer, PeerCount, Refused, Status, Tunnel, status};
+pub use subnet_env::SubnetEnv;
 
 const HEALTH_PORT: u16 = 10256;
 
@@ -270,6 +274,24 @@ impl Agent {
         }
     }
 
+    /// Waits until `line` is in its log.
+    ///
+    /// # Errors
+    /// Not in time: with the end of the log.
+    pub fn wait_log(&self, line: &str) -> Result<()> {
+        let (started, limit) = (Instant::now(), crate::patience());
+        while !self.log().contains(line) {
+            ensure!(
+                started.elapsed() < limit,
+                "{}: does not log `{line}`\n{}",
+                self.namespace.name(),
+                crate::tail(&self.files.log())
+            );
+            sleep(Duration::from_millis(25));
+        }
+        Ok(())
+    }
+
     /// What it wrote for the container runtime.
     ///
     /// # Errors
@@ -321,191 +343,5 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.crash();
-    }
-}
-
-/// Asks the agent behind `socket`.
-///
-/// # Errors
-/// The command fails, or prints something else.
-pub fn status(binary: &Path, socket: &Path) -> Result<Status> {
-    let output = Command::new(binary)
-        .args(["status", "--json", "--socket"])
-        .arg(socket)
-        .output()
-        .with_context(|| format!("start {} status", binary.display()))?;
-    ensure!(
-        output.status.success(),
-        "`{} status`: {}; {}",
-        binary.display(),
-        output.status,
-        String::from_utf8_lossy(&output.stderr).trim_end()
-    );
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("read the status:\n{}", String::from_utf8_lossy(&output.stdout)))
-}
-
-/// What a running agent says of itself (the fields the lab looks at).
-#[derive(Clone, Debug, Deserialize)]
-pub struct Status {
-    /// The overlay's range.
-    pub network: String,
-    /// Our lease.
-    pub subnet: String,
-    /// `udp`, `host-gw`, `alloc`.
-    pub backend: String,
-    /// For pods, bytes.
-    pub mtu: u32,
-    /// Where it comes from.
-    #[serde(default)]
-    pub mtu_reason: String,
-    /// As `/readyz`.
-    pub ready: bool,
-    /// Why not.
-    #[serde(default)]
-    pub not_ready: Vec<String>,
-    /// The udp backend's data path; empty for others.
-    #[serde(default)]
-    pub tunnels: Vec<Tunnel>,
-    /// The other nodes.
-    #[serde(default)]
-    pub peers: Vec<Peer>,
-    /// Leases that were refused.
-    #[serde(default)]
-    pub refused: Vec<Refused>,
-}
-
-/// A tunnel device and how its packets are carried.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Tunnel {
-    /// `flannel0`
-    pub device: String,
-    /// `xdp`, `tc+gro`, `tc` or `tun`.
-    pub tier: String,
-    /// Why this tier.
-    pub reason: String,
-    /// What happened to packets, by name.
-    #[serde(default)]
-    pub counters: BTreeMap<String, Count>,
-    /// As the data path counted them.
-    #[serde(default)]
-    pub peers: Vec<PeerCount>,
-}
-
-/// Packets and their bytes.
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Count {
-    /// Packets.
-    pub packets: u64,
-    /// Bytes of inner packets.
-    pub bytes: u64,
-}
-
-/// Traffic with one peer.
-#[derive(Clone, Debug, Deserialize)]
-pub struct PeerCount {
-    /// Its lease.
-    pub subnet: String,
-    /// Its address on the underlay.
-    pub node: String,
-    /// Largest inner packet the path carries.
-    #[serde(default)]
-    pub path_mtu: Option<u32>,
-    /// How that is known.
-    #[serde(default)]
-    pub path_mtu_reason: Option<String>,
-    /// Packets to it.
-    pub tx_packets: u64,
-    /// Packets from it.
-    pub rx_packets: u64,
-}
-
-/// Another node's lease.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Peer {
-    /// Its lease.
-    pub subnet: String,
-    /// Its address on the underlay.
-    pub public_ip: String,
-}
-
-/// A lease the agent does not use.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Refused {
-    /// Key in the store.
-    pub key: String,
-    /// Why.
-    pub reason: String,
-}
-
-impl Status {
-    /// The tier of the only tunnel, or the backend's name where there is none.
-    pub fn path(&self) -> &str {
-        self.tunnels.first().map_or(&self.backend, |tunnel| &tunnel.tier)
-    }
-
-    /// [`Self::path`] without what helps it: `xdp`, `tc` or `tun`, as `--udp-datapath` has it.
-    pub fn tier(&self) -> &str {
-        self.path().split('+').next().unwrap_or_default()
-    }
-
-    /// The tunnels' tiers and why, without counters.
-    pub fn reasons(&self) -> String {
-        self.tunnels.iter().map(|t| format!("{}: {} ({}) ", t.device, t.tier, t.reason)).collect()
-    }
-
-    /// Packets the tunnels counted under `name`.
-    pub fn counted(&self, name: &str) -> u64 {
-        self.tunnels.iter().filter_map(|tunnel| tunnel.counters.get(name)).map(|count| count.packets).sum()
-    }
-}
-
-/// `subnet.env`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SubnetEnv {
-    /// `FLANNEL_NETWORK`
-    pub network: String,
-    /// First address of `FLANNEL_SUBNET`: the bridge's.
-    pub gateway: Ipv4Addr,
-    /// Its prefix length.
-    pub prefix: u8,
-    /// `FLANNEL_MTU`
-    pub mtu: u32,
-    /// `FLANNEL_IPMASQ`
-    pub ip_masq: bool,
-}
-
-impl SubnetEnv {
-    /// Reads the file.
-    ///
-    /// # Errors
-    /// Missing file or key, or a value of another form.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-        let value = |key: &str| {
-            text.lines()
-                .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
-                .with_context(|| format!("{} has no {key}:\n{text}", path.display()))
-        };
-        let subnet = value("FLANNEL_SUBNET")?;
-        let (gateway, prefix) = subnet.split_once('/').with_context(|| format!("FLANNEL_SUBNET={subnet}"))?;
-        Ok(Self {
-            network: value("FLANNEL_NETWORK")?.to_owned(),
-            gateway: gateway.parse().with_context(|| format!("FLANNEL_SUBNET={subnet}"))?,
-            prefix: prefix.parse().with_context(|| format!("FLANNEL_SUBNET={subnet}"))?,
-            mtu: value("FLANNEL_MTU")?.parse().context("FLANNEL_MTU")?,
-            ip_masq: value("FLANNEL_IPMASQ")?.parse().context("FLANNEL_IPMASQ")?,
-        })
-    }
-
-    /// Base address of the subnet.
-    pub fn base(&self) -> Ipv4Addr {
-        let host_bits = u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0);
-        Ipv4Addr::from(u32::from(self.gateway) & !host_bits)
-    }
-
-    /// Key of the lease in the store: `10.244.7.0-24`.
-    pub fn key(&self) -> String {
-        format!("{}-{}", self.base(), self.prefix)
     }
 }
