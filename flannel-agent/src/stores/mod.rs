@@ -42,6 +42,14 @@ pub struct LeaseRequest {
 }
 
 impl LeaseRequest {
+    /// The family that the network has and the node has no public address of.
+    fn missing_address(&self) -> Option<&'static str> {
+        if self.config.v4.is_some() && self.attrs.public_ip.is_unspecified() {
+            return Some("IPv4");
+        }
+        (self.config.v4.is_none() && self.attrs.public_ipv6.is_none()).then_some("IPv6")
+    }
+
     fn wish(&self) -> Wish<'_> {
         let previous = match self.previous {
             None => Previous::None,
@@ -86,9 +94,7 @@ pub trait LeaseStore: Send + Sync {
     }
 
     /// Takes a lease away from its node, reserved or not.
-    async fn revoke(&self, _subnets: Subnets) -> Result<(), StoreError> {
-        Err(StoreError::Conflict("leases of this store can't be revoked".into()))
-    }
+    async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError>;
 
     /// This node has another address: connections made from the former one are dead, though nobody has said so yet.
     fn reconnect(&self) {}

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent};
+use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Subnets};
 use flannel_agent::stores::memory::MemoryStore;
 use flannel_agent::stores::{LeaseRequest, LeaseStore, StoreError};
 use futures_util::StreamExt;
@@ -117,6 +117,12 @@ impl LeaseStore for Link {
         self.ask().await?;
         let answer = self.store.rewrite(lease, attrs).await?;
         self.answer(answer)
+    }
+
+    async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError> {
+        self.ask().await?;
+        self.store.revoke(subnets).await?;
+        self.answer(())
     }
 
     fn watch(&self) -> BoxStream<'static, LeaseEvent> {

@@ -8,6 +8,7 @@
 mod contract;
 mod etcd;
 mod ground;
+mod kubernetes;
 mod relay;
 mod server;
 mod transcript;
@@ -24,6 +25,7 @@ use flannel_tests::etcd::Etcd;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use self::ground::Ground;
+use self::ground::kube::Cluster;
 
 /// No case may hang; the slowest waits about ten seconds for a frozen etcd.
 const CASE_LIMIT: Duration = Duration::from_secs(50);
@@ -64,8 +66,14 @@ fn run_within(limit: Duration, case: impl Future<Output = anyhow::Result<()>>) -
 }
 
 macro_rules! contract {
-    ($trials:ident, $etcd:ident: $($case:ident)*) => {$(
+    ($trials:ident, $etcd:ident, $cluster:ident: $($case:ident)*) => {$(
         let name = stringify!($case);
+        if cfg!(feature = "kube") && kubernetes::exemption(name).is_none() {
+            let cluster = $cluster.clone();
+            $trials.push(Trial::test(format!("kubernetes::{name}"), move || {
+                kubernetes::run_on(&cluster, contract::$case)
+            }));
+        }
         $trials.push(Trial::test(format!("memory::{name}"), || {
             run(async { contract::$case(Ground::memory().await?).await })
         }));
@@ -91,7 +99,10 @@ macro_rules! contract {
                 contract::$case(ground.served().await?).await
             })
         }));
-    )*};
+    )*
+    /// All there are.
+    const CONTRACT: &[&str] = &[$(stringify!($case)),*];
+    };
 }
 
 /// Both APIs do what both can, and each what is its own.
@@ -139,6 +150,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let cluster = Arc::new(Cluster::on(&etcd));
     // The slow ones first.
     let mut trials = etcd!(
         both {
@@ -183,7 +195,7 @@ fn main() -> ExitCode {
             leases_written_at_one_revision_are_told_apart
         }
     );
-    contract!(trials, etcd:
+    contract!(trials, etcd, cluster:
         a_missing_configuration_is_named
         a_first_lease_is_written_as_flanneld_writes_it
         recorded_leases_are_read_and_written_back_byte_for_byte
@@ -199,6 +211,7 @@ fn main() -> ExitCode {
         a_reservation_keeps_having_no_end
         a_renewal_moves_the_end
         a_node_with_a_new_address_keeps_its_lease
+        a_moved_nodes_lease_that_was_taken_over_is_lost
         a_lease_that_was_taken_over_is_not_overwritten
         a_deleted_lease_is_lost
         a_damaged_lease_is_put_right
@@ -211,17 +224,20 @@ fn main() -> ExitCode {
         a_reservation_that_cannot_be_is_refused_with_the_reason
         a_revoked_lease_is_told_and_free
     );
+    if cfg!(feature = "kube") {
+        trials.extend(kubernetes::trials(&cluster, CONTRACT));
+    }
     for (name, api) in [("etcd_v3", EtcdApi::V3), ("etcd_v2", EtcdApi::V2)] {
         let shared = etcd.clone();
         trials.push(Trial::test(format!("{name}::each_trouble_on_the_way_is_survived"), move || {
             run_within(TROUBLE_LIMIT, async move {
-                trouble::each_is_survived(Ground::etcd(&shared, api, "trouble").await?).await
+                trouble::each_is_survived(Ground::etcd(&shared, api, "trouble").await?, trouble::OVER).await
             })
         }));
     }
     trials.push(Trial::test("remote_embedded::each_trouble_on_the_way_is_survived", || {
         run_within(TROUBLE_LIMIT, async {
-            trouble::each_is_survived(Ground::embedded().await?.served().await?).await
+            trouble::each_is_survived(Ground::embedded().await?.served().await?, trouble::OVER).await
         })
     }));
     trials.extend(migrate!(
@@ -248,6 +264,7 @@ fn main() -> ExitCode {
         transcript::a_recorded_client_of_several_networks_hears_what_it_heard_from_flanneld
     ));
     let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(cluster);
     drop(etcd);
 
     let log = LOG.lock().unwrap_or_else(PoisonError::into_inner);

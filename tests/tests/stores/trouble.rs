@@ -23,7 +23,7 @@ use crate::ground::{Events, Ground, first, network, next_within, request};
 /// How long each trouble lasts.
 const LASTS: Duration = Duration::from_secs(4);
 /// Within this time after it everything must be as if nothing had been. A call has five seconds, a wait as many.
-const OVER: Duration = Duration::from_secs(20);
+pub(crate) const OVER: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
@@ -192,6 +192,7 @@ async fn survives(
     store: Arc<dyn LeaseStore>,
     middle: &Middle,
     trouble: Trouble,
+    over: Duration,
 ) -> Result<()> {
     let lease = store.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
     let mut belief = Belief::new(store.as_ref()).await?;
@@ -217,7 +218,7 @@ async fn survives(
         match store.renew(&lease).await {
             Ok(renewed) => break renewed,
             Err(error) => {
-                ensure!(asked.elapsed() < LASTS + 2 * OVER, "the lease can't be renewed afterwards: {error}");
+                ensure!(asked.elapsed() < LASTS + 2 * over, "the lease can't be renewed afterwards: {error}");
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         }
@@ -229,19 +230,21 @@ async fn survives(
         Ok((key.parse()?, attrs.to_json()))
     });
     let there: BTreeMap<Subnets, String> = there.collect::<Result<_>>()?;
-    ensure!(belief.follow(OVER, Some(&there)).await, "the node believes {:?}, not {there:?}", belief.leases);
+    ensure!(belief.follow(over, Some(&there)).await, "the node believes {:?}, not {there:?}", belief.leases);
     let said = lines_logged() - lines;
     // Other cases log at the same time; one line per attempt would be hundreds.
     ensure!(said < 400, "{said} lines were logged");
     Ok(())
 }
 
-/// Every trouble, one after the other, on one store.
-pub(crate) async fn each_is_survived(ground: Ground) -> Result<()> {
+/// Every trouble, one after the other, on one store, which may take `over` to know everything again.
+pub(crate) async fn each_is_survived(ground: Ground, over: Duration) -> Result<()> {
     let middle = Middle::start(ground.server_address()?).await?;
     let store = ground.node_through(middle.address())?;
     for trouble in [Trouble::Cut, Trouble::Silence, Trouble::Delay, Trouble::Garbage, Trouble::Half] {
-        survives(&ground, store.clone(), &middle, trouble).await.with_context(|| format!("{trouble:?}"))?;
+        survives(&ground, store.clone(), &middle, trouble, over)
+            .await
+            .with_context(|| format!("{trouble:?}"))?;
         ground.delete("10.5.201.0-24").await?;
     }
     Ok(())

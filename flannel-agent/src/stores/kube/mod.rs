@@ -146,6 +146,11 @@ impl LeaseStore for KubeStore {
     }
 
     async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        if let Some(family) = request.missing_address() {
+            return Err(self.connection.refused(format!(
+                "this node has no public {family} address, without which no other node could reach it"
+            )));
+        }
         let node = self.own_node().await?;
         let subnets = pod_subnets(&node, families(&request.config)).map_err(|reason| {
             self.connection.not_yet(format!(
@@ -172,9 +177,20 @@ impl LeaseStore for KubeStore {
         Ok(Lease { subnets, attrs, expires: None, revision: 0 })
     }
 
-    /// A pod CIDR has no end; what can change, or be lost, are the annotations.
+    /// A pod CIDR has no end and belongs to its Node for as long as there is one; what can change, or be lost, are the
+    /// annotations.
     async fn rewrite(&self, lease: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
-        let node = self.own_node().await?;
+        let subnets = lease.subnets;
+        let lost = |reason: String| StoreError::LeaseLost { subnets, reason };
+        let name = self.connection.node_name().await?;
+        let node = self.connection.get_node(name).await?;
+        let node = node.ok_or_else(|| lost("the Node was deleted".to_owned()))?;
+        let had = Families { v4: subnets.v4.is_some(), v6: subnets.v6.is_some() };
+        match pod_subnets(&node, had) {
+            Ok(now) if now == subnets => {}
+            Ok(now) => return Err(lost(format!("the Node's pod CIDR is {now} now"))),
+            Err(reason) => return Err(lost(format!("Node {name} is another now: {reason}"))),
+        }
         let present = node.metadata.annotations.unwrap_or_default();
         let attrs = self.published(attrs, &present)?;
         let missing = self.annotations.missing(&attrs, &present);
@@ -182,6 +198,12 @@ impl LeaseStore for KubeStore {
             self.annotate(&missing).await?;
         }
         Ok(Lease { attrs, ..lease.clone() })
+    }
+
+    async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError> {
+        Err(StoreError::Conflict(format!(
+            "subnet {subnets} can't be taken from its Node: in Kubernetes delete the Node (kubectl delete node)"
+        )))
     }
 
     fn watch(&self) -> BoxStream<'static, LeaseEvent> {

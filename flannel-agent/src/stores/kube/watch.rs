@@ -4,7 +4,7 @@
 //!   closed ── list (from the cache) ──► listed: Snapshot ── watch behind its version ──► open
 //!     ▲  ▲        failed: Interrupted once, wait longer                                   │ Node → events, bookmark
 //!     │  └─────────────── 410: the version is too old; list from the store ───────────────┤
-//!     │                   ended, as every watch does after minutes: watch on, silently ◄──┤
+//!     │          ended, as every watch does after minutes, or silent: watch on, quietly ◄──┤
 //!     └── broken: Interrupted once; watch on from the same version, then a Snapshot ◄─────┘
 //! ```
 //!
@@ -41,6 +41,10 @@ const PROVEN: Duration = Duration::from_secs(10);
 const WATCH_SECONDS: std::ops::Range<u32> = 240..360;
 /// A watch that should have ended and did not is dead.
 const GRACE: Duration = Duration::from_secs(10);
+/// The API server's cache sends a bookmark about once a minute (apiserver's `bookmarkFrequency`, with a quarter of it at
+/// random). It need not, so a watch that is silent for longer is no failure, but is opened anew: what stands between may
+/// have lost an answer, or the connection, and nobody would say so before the watch's end.
+const SILENCE: Duration = Duration::from_secs(90);
 /// Events that wait for a busy agent.
 const QUEUE: usize = 64;
 
@@ -175,11 +179,13 @@ impl Follower {
     ) -> Result<WatchEnd, Unheard> {
         let end = Instant::now() + limit;
         loop {
+            let limit = end.min(Instant::now() + SILENCE);
             let change = tokio::select! {
-                change = tokio::time::timeout_at(end, changes.next()) => change,
+                change = tokio::time::timeout_at(limit, changes.next()) => change,
                 () = self.events.closed() => return Err(Unheard),
             };
             let told = match change {
+                Err(_) if limit < end => return Ok(WatchEnd::Over(None)),
                 Err(_) => return Ok(WatchEnd::Over(Some("the watch of nodes fell silent".to_owned()))),
                 Ok(None) => return Ok(WatchEnd::Over(None)),
                 Ok(Some(Ok(WatchEvent::Added(node) | WatchEvent::Modified(node)))) => {

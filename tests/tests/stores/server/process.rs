@@ -1,4 +1,4 @@
-//! What only a server can get wrong: many clients, bad ones, TLS, its own death.
+//! The real binary, serving from a file.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -7,257 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use async_trait::async_trait;
-use flannel_agent::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation};
-use flannel_agent::domain::network_name::NetworkName;
-use flannel_agent::server::{self, ListenAddress, Listener, ServerTlsFiles};
+use anyhow::{Context, Result, ensure};
+use flannel_agent::domain::lease::{LeaseEvent, Reservation};
+use flannel_agent::stores::NetworkStores;
 use flannel_agent::stores::embedded::Embedded;
-use flannel_agent::stores::memory::MemoryStore;
-use flannel_agent::stores::remote::{RemoteNetworks, RemoteOptions};
-use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkEvent, NetworkStores, StoreError};
-use flannel_tests::etcd::{Authority, free_port};
-use futures_util::StreamExt;
-use futures_util::stream::BoxStream;
+use flannel_tests::etcd::free_port;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::ground::{first, next, next_within, request, subnets};
+use super::{CONFIG, asking, node};
+use crate::ground::{first, next, subnets};
 
-const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
-
-/// One network in memory, which counts how often it is watched.
-#[derive(Clone)]
-struct Counted {
-    store: MemoryStore,
-    watches: Arc<AtomicU32>,
-}
-
-impl Counted {
-    fn new() -> Self {
-        Self { store: MemoryStore::new(CONFIG), watches: Arc::default() }
-    }
-}
-
-#[async_trait]
-impl LeaseStore for Counted {
-    async fn network_config(&self) -> Result<String, StoreError> {
-        self.store.network_config().await
-    }
-
-    async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        self.store.acquire(request).await
-    }
-
-    async fn rewrite(&self, lease: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
-        self.store.rewrite(lease, attrs).await
-    }
-
-    fn watch(&self) -> BoxStream<'static, LeaseEvent> {
-        self.watches.fetch_add(1, Ordering::SeqCst);
-        self.store.watch()
-    }
-}
-
-impl NetworkStores for Counted {
-    fn network(&self, _: Option<&NetworkName>) -> Arc<dyn LeaseStore> {
-        Arc::new(self.clone())
-    }
-
-    fn watch_networks(&self) -> BoxStream<'static, NetworkEvent> {
-        futures_util::stream::iter([NetworkEvent::Snapshot(Vec::new())])
-            .chain(futures_util::stream::pending())
-            .boxed()
-    }
-}
-
-struct Running {
-    address: SocketAddr,
-    _stop: DropGuard,
-}
-
-async fn serve(networks: Arc<dyn NetworkStores>, tls: Option<&ServerTlsFiles>) -> Result<Running> {
-    let listener = Listener::bind(&ListenAddress::Tcp("127.0.0.1:0".into()), tls).await?;
-    let address = listener.address()?;
-    let stop = CancellationToken::new();
-    tokio::spawn(server::serve(listener, networks, stop.clone()));
-    Ok(Running { address, _stop: stop.drop_guard() })
-}
-
-fn node(servers: &[SocketAddr]) -> Result<Arc<dyn LeaseStore>> {
-    let servers = servers.iter().map(ToString::to_string).collect();
-    Ok(RemoteNetworks::open(&RemoteOptions { servers, ..RemoteOptions::default() })?.network(None))
-}
-
-fn asking(ip: &str) -> LeaseRequest {
-    request(&crate::ground::network("10.5.255.0"), ip)
-}
-
-pub(crate) async fn a_thousand_watching_clients_cost_one_watch_of_the_store() -> Result<()> {
-    let store = Counted::new();
-    let server = serve(Arc::new(store.clone()), None).await?;
-    let mut clients: Vec<_> =
-        (0..1000).map(|_| Ok(node(&[server.address])?.watch())).collect::<Result<_>>()?;
-    let known = clients.iter_mut().map(|events| async { first(events).await.map(drop) });
-    futures_util::future::try_join_all(known).await?;
-    store.store.put("10.5.7.0-24", r#"{"PublicIP":"192.0.2.7"}"#, None);
-    let told = clients.iter_mut().map(|events| async {
-        match next(events).await? {
-            LeaseEvent::Added(lease) => Ok(lease.subnets),
-            other => bail!("an addition was due, not {other:?}"),
-        }
-    });
-    for told in futures_util::future::try_join_all(told).await? {
-        assert_eq!(told, subnets("10.5.7.0-24"));
-    }
-    assert_eq!(store.watches.load(Ordering::SeqCst), 1);
-    Ok(())
-}
-
-/// Sends `text` and gives what comes back within three seconds.
-async fn say(address: SocketAddr, text: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(text.as_bytes()).await?;
-    let mut answer = vec![0; 4096];
-    let count = tokio::time::timeout(Duration::from_secs(3), stream.read(&mut answer)).await??;
-    Ok(String::from_utf8_lossy(&answer[..count]).into_owned())
-}
-
-pub(crate) async fn bad_requests_are_answered_as_flanneld_answers_them() -> Result<()> {
-    let server = serve(Arc::new(Counted::new()), None).await?;
-    let lease = r#"{"PublicIP":7}"#;
-    for (request, status, body) in [
-        ("GET /v1/_/leases/ HTTP/1.1", "404", "404 page not found"),
-        ("GET /v2/keys HTTP/1.1", "404", "404 page not found"),
-        ("PATCH /v1/_/leases HTTP/1.1", "404", "404 page not found"),
-        ("GET /v1/_/leases?next=x HTTP/1.1", "500", "failed to parse cursor"),
-        ("GET /v1/_/leases/nonsense HTTP/1.1", "400", "bad subnet"),
-        ("DELETE /v1/_/leases/nonsense HTTP/1.1", "400", "failed to parse subnet"),
-        ("DELETE /v1/_/reservations/nonsense HTTP/1.1", "400", "bad subnet"),
-        ("GET /v1/..%2f/config HTTP/1.1", "400", "network name"),
-        ("POST /v1/_/leases HTTP/1.1", "400", "JSON decoding error"),
-        ("PUT /v1/_/leases/10.5.1.0-24 HTTP/1.1", "400", "JSON decoding error"),
-        ("POST /v1/_/reservations HTTP/1.1", "400", "JSON decoding error"),
-    ] {
-        let head = format!("{request}\r\nHost: x\r\nContent-Length: {}\r\n\r\n{lease}", lease.len());
-        let answer = say(server.address, &head).await?;
-        ensure!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {answer}");
-        ensure!(answer.contains(body), "{request}: {answer}");
-    }
-    let answer = say(server.address, "what is this\r\n\r\n").await?;
-    ensure!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
-    let answer = say(server.address, &format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(100_000))).await?;
-    ensure!(answer.starts_with("HTTP/1.1 4"), "{answer}");
-    let huge = format!("POST /v1/_/leases HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", 1u64 << 40);
-    let answer = say(server.address, &format!("{huge}{}", "x".repeat(200_000))).await?;
-    ensure!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
-    Ok(())
-}
-
-pub(crate) async fn clients_that_hang_hurt_nobody_else() -> Result<()> {
-    let server = serve(Arc::new(Counted::new()), None).await?;
-    // Nothing said, half a head, half a body, a poll that is never read.
-    let mut hanging = Vec::new();
-    for text in [
-        "",
-        "GET /v1/_/lea",
-        "POST /v1/_/leases HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{",
-        "GET /v1/_/leases?next=1 HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/_/leases HTTP/1.1\r\nHost: x\r\n\r\n",
-    ] {
-        for _ in 0..50 {
-            let mut stream = TcpStream::connect(server.address).await?;
-            stream.write_all(text.as_bytes()).await?;
-            hanging.push((text, stream));
-        }
-    }
-    let node = node(&[server.address])?;
-    let started = Instant::now();
-    let lease = node.acquire(&asking("192.0.2.1")).await?;
-    node.renew(&lease).await?;
-    ensure!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
-    // Those who say nothing, or not all of it, are let go.
-    for (text, stream) in hanging.iter_mut().filter(|(text, _)| !text.starts_with("GET /v1/_/leases?")) {
-        let mut answer = Vec::new();
-        let ended = tokio::time::timeout(Duration::from_secs(25), stream.read_to_end(&mut answer)).await;
-        ensure!(ended.is_ok(), "a client that said {text:?} still has its connection");
-    }
-    Ok(())
-}
-
-pub(crate) async fn clients_without_a_certificate_are_refused() -> Result<()> {
-    let (authority, foreign) = (Authority::new("lab")?, Authority::new("foreign")?);
-    let own = authority.server("127.0.0.1".parse()?)?;
-    let files = ServerTlsFiles { cert_file: own.cert, key_file: own.key, ca_file: Some(authority.ca()) };
-    let server = serve(Arc::new(Counted::new()), Some(&files)).await?;
-    let open = |ca: std::path::PathBuf, identity: Option<flannel_tests::etcd::Certificate>| {
-        let (cert_file, key_file) = identity.map(|pair| (pair.cert, pair.key)).unzip();
-        let servers = vec![server.address.to_string()];
-        RemoteNetworks::open(&RemoteOptions { servers, ca_file: Some(ca), cert_file, key_file })
-    };
-    let node = open(authority.ca(), Some(authority.client("node")?))?.network(None);
-    node.acquire(&asking("192.0.2.1")).await?;
-    for (ca, identity, why) in [
-        (authority.ca(), None, "no certificate"),
-        (authority.ca(), Some(foreign.client("node")?), "a foreign certificate"),
-        (foreign.ca(), Some(authority.client("other")?), "a server nobody vouches for"),
-    ] {
-        let error = open(ca, identity)?.network(None).network_config().await.unwrap_err();
-        ensure!(
-            matches!(error, StoreError::Refused { .. } | StoreError::Unreachable { .. }),
-            "{why}: {error:?}"
-        );
-    }
-    // Plain HTTP gets no answer that looks like one.
-    let answer =
-        say(server.address, "GET /v1/_/config HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap_or_default();
-    ensure!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
-    Ok(())
-}
-
-pub(crate) async fn a_client_moves_on_when_its_server_dies() -> Result<()> {
-    let store = Counted::new();
-    let (one, two) =
-        (serve(Arc::new(store.clone()), None).await?, serve(Arc::new(store.clone()), None).await?);
-    let node = node(&[one.address, two.address])?;
-    let mut events = node.watch();
-    first(&mut events).await?;
-    let lease = node.acquire(&asking("192.0.2.1")).await?;
-    assert!(matches!(next(&mut events).await?, LeaseEvent::Added(_)));
-    drop(one);
-    let renewed = node.renew(&lease).await?;
-    assert_eq!(renewed.subnets, lease.subnets);
-    // The poll comes back too, with or without saying that it was away.
-    store.store.put("10.5.7.0-24", r#"{"PublicIP":"192.0.2.7"}"#, None);
-    loop {
-        let seen = match next_within(&mut events, Duration::from_secs(10)).await? {
-            LeaseEvent::Added(lease) => vec![lease],
-            LeaseEvent::Snapshot(leases, _) => leases,
-            _ => Vec::new(),
-        };
-        if seen.iter().any(|lease| lease.subnets == subnets("10.5.7.0-24")) {
-            return Ok(());
-        }
-    }
-}
-
-pub(crate) async fn a_server_that_is_away_is_one_interruption_and_then_a_snapshot() -> Result<()> {
-    let files = tempfile::tempdir()?;
-    let mut process = Process::start(&files).await?;
-    let node = node(&[process.address])?;
-    let mut events = node.watch();
-    first(&mut events).await?;
-    process.kill()?;
-    assert!(matches!(next(&mut events).await?, LeaseEvent::Interrupted(_)));
-    let quiet = tokio::time::timeout(Duration::from_secs(2), next(&mut events)).await;
-    assert!(quiet.is_err(), "{quiet:?}");
-    process.restart().await?;
-    first(&mut events).await?;
-    Ok(())
-}
-
-/// The real binary, serving from a file.
 struct Process {
     address: SocketAddr,
     files: std::path::PathBuf,
@@ -307,6 +67,21 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.kill();
     }
+}
+
+pub(crate) async fn a_server_that_is_away_is_one_interruption_and_then_a_snapshot() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let mut process = Process::start(&files).await?;
+    let node = node(&[process.address])?;
+    let mut events = node.watch();
+    first(&mut events).await?;
+    process.kill()?;
+    assert!(matches!(next(&mut events).await?, LeaseEvent::Interrupted(_)));
+    let quiet = tokio::time::timeout(Duration::from_secs(2), next(&mut events)).await;
+    assert!(quiet.is_err(), "{quiet:?}");
+    process.restart().await?;
+    first(&mut events).await?;
+    Ok(())
 }
 
 /// Nodes come and operators reserve while the server is killed at random moments. Whatever it said yes to is there

@@ -1,5 +1,7 @@
 //! One network in one store, seen by an operator: the same handles whatever the store is.
 
+pub(crate) mod kube;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +16,7 @@ use flannel_agent::stores::embedded::Embedded;
 use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
 use flannel_agent::stores::memory::MemoryStore;
 use flannel_agent::stores::remote::{RemoteNetworks, RemoteOptions};
-use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores, StoreError};
+use flannel_agent::stores::{LEASE_TTL, LeaseRequest, LeaseStore, NetworkStores, StoreError};
 use flannel_tests::etcd::Etcd;
 use flannel_tests::etcd_v2::V2Keys;
 use futures_util::StreamExt;
@@ -38,6 +40,7 @@ enum Backing {
     Memory(MemoryStore),
     Etcd { options: Box<EtcdOptions>, keys: Keys, prefix: String },
     Embedded { store: Embedded, _folder: TempDir },
+    Kubernetes(kube::Nodes),
 }
 
 /// etcd's keys as an operator has them, by either API.
@@ -128,6 +131,18 @@ impl Ground {
         Ok(Self { backing: Backing::Embedded { store, _folder: folder }, served: None })
     }
 
+    pub(crate) async fn kubernetes(cluster: &Arc<kube::Cluster>) -> Result<Self> {
+        Ok(Self { backing: Backing::Kubernetes(kube::Nodes::of(cluster).await?), served: None })
+    }
+
+    /// The Nodes, where it is Kubernetes.
+    pub(crate) fn nodes(&self) -> &kube::Nodes {
+        match &self.backing {
+            Backing::Kubernetes(nodes) => nodes,
+            _ => panic!("this case is about Kubernetes"),
+        }
+    }
+
     /// The same ground behind a server.
     pub(crate) async fn served(self) -> Result<Self> {
         let listener = Listener::bind(&ListenAddress::Tcp("127.0.0.1:0".into()), None).await?;
@@ -135,6 +150,7 @@ impl Ground {
         let servers = vec![address.to_string()];
         let networks: Arc<dyn NetworkStores> = match &self.backing {
             Backing::Memory(_) => bail!("the store in memory has one network"),
+            Backing::Kubernetes(_) => bail!("a server keeps no leases in Kubernetes"),
             Backing::Etcd { options, .. } => Arc::new(etcd::open(options)?),
             Backing::Embedded { store, .. } => Arc::new(store.networks()),
         };
@@ -152,6 +168,7 @@ impl Ground {
                 let endpoint = options.endpoints.first().context("an endpoint")?;
                 Ok(endpoint.trim_start_matches("http://").parse()?)
             }
+            (None, Backing::Kubernetes(nodes)) => nodes.address(),
             _ => bail!("there is no server"),
         }
     }
@@ -170,13 +187,37 @@ impl Ground {
                     EtcdOptions { endpoints: vec![format!("http://{address}")], ..(**options).clone() };
                 Ok(etcd::open(&options)?.network(None))
             }
+            (None, Backing::Kubernetes(nodes)) => Ok(Arc::new(nodes.agent_through(address))),
             _ => bail!("there is no server"),
         }
     }
 
-    /// Which revision a lease has is not said by a server.
+    /// Which revision a lease has is not said by a server, and a Node's version is not its lease's.
     pub(crate) fn tells_revisions(&self) -> bool {
-        self.served.is_none()
+        self.served.is_none() && !matches!(self.backing, Backing::Kubernetes(_))
+    }
+
+    /// Whether a lease that was just taken or renewed ends when it should: a day from now, give or take what the test
+    /// itself took, and in Kubernetes never.
+    pub(crate) fn is_fresh(&self, end: Option<Instant>) -> bool {
+        if matches!(self.backing, Backing::Kubernetes(_)) {
+            return end.is_none();
+        }
+        let wanted = Instant::now() + LEASE_TTL;
+        end.is_some_and(|end| end <= wanted && end + Duration::from_secs(30) > wanted)
+    }
+
+    /// Why a lease is lost that somebody deleted.
+    pub(crate) fn words_for_deleted(&self) -> &'static str {
+        match self.backing {
+            Backing::Kubernetes(_) => "the Node was deleted",
+            _ => "it was deleted or has expired",
+        }
+    }
+
+    /// Whether a lease that can't be read any more is told as gone, too: a Node has a name that is no subnet.
+    pub(crate) fn tells_unreadable_as_gone(&self) -> bool {
+        matches!(self.backing, Backing::Kubernetes(_))
     }
 
     /// Options, where it is etcd.
@@ -202,6 +243,7 @@ impl Ground {
             Backing::Memory(store) => Arc::new(store.clone()),
             Backing::Etcd { options, .. } => etcd::open(options).expect("the options are good").network(None),
             Backing::Embedded { store, .. } => store.networks().network(None),
+            Backing::Kubernetes(nodes) => Arc::new(nodes.agent()),
         }
     }
 
@@ -212,6 +254,7 @@ impl Ground {
                 Operator::Etcd { keys: keys.clone(), prefix: prefix.clone() }
             }
             Backing::Embedded { store, .. } => Operator::Embedded(store.clone()),
+            Backing::Kubernetes(nodes) => Operator::Kubernetes(nodes.clone()),
         }
     }
 
@@ -229,6 +272,7 @@ impl Ground {
             Backing::Embedded { store, .. } => {
                 store.put(&format!("subnets/{key}"), value.as_bytes(), ttl).await?;
             }
+            Backing::Kubernetes(nodes) => nodes.put(key, value, ttl)?,
         }
         self.settle().await
     }
@@ -238,6 +282,7 @@ impl Ground {
             Backing::Memory(store) => store.delete(key),
             Backing::Etcd { keys, prefix, .. } => keys.delete(&format!("{prefix}/subnets/{key}")).await?,
             Backing::Embedded { store, .. } => store.delete(&format!("subnets/{key}")).await?,
+            Backing::Kubernetes(nodes) => nodes.delete(key)?,
         }
         self.settle().await
     }
@@ -283,6 +328,7 @@ impl Ground {
                 });
                 leases.map(|(key, value)| Ok((key, value?))).collect()
             }
+            Backing::Kubernetes(nodes) => nodes.entries(),
         }
     }
 
@@ -304,6 +350,7 @@ enum Operator {
     Memory(MemoryStore),
     Etcd { keys: Keys, prefix: String },
     Embedded(Embedded),
+    Kubernetes(kube::Nodes),
 }
 
 impl Operator {
@@ -312,6 +359,7 @@ impl Operator {
             Self::Memory(store) => store.set_config(text),
             Self::Etcd { keys, prefix } => keys.put(&format!("{prefix}/config"), text, None).await?,
             Self::Embedded(store) => store.configure(None, Some(text)).await?,
+            Self::Kubernetes(nodes) => nodes.configure(text)?,
         }
         Ok(())
     }
