@@ -10,6 +10,7 @@
 //! recorded packets can be played back. Pods are attached once their host has a subnet, with the bridge and the MTU of
 //! its `subnet.env`, as a container runtime does.
 
+pub mod cards;
 mod lab;
 
 use std::{
@@ -49,6 +50,8 @@ pub enum Underlay {
     /// Two hosts, each with a veth pair into the switch, where XDP hands every frame from one to the other: what a network
     /// card sees, nothing longer than the MTU, every checksum finished. etcd as above.
     Wire,
+    /// Two hosts, each with a network card of this machine ([`cards`]). etcd as above.
+    Cards,
     /// Two hosts in networks of their own (10.99.0.11, 10.99.1.12), and between their routers a link that carries no more
     /// than so many bytes. etcd is on the first router, which is the switch.
     Narrow(u32),
@@ -184,7 +187,7 @@ impl Plan {
         switch.ip("link set br0 up")?;
         let store = match self.underlay {
             Underlay::Bridge | Underlay::Narrow(_) => underlay,
-            Underlay::Direct | Underlay::Wire => store,
+            Underlay::Direct | Underlay::Wire | Underlay::Cards => store,
         };
         switch.ip(&format!("addr add {store}/24 dev br0"))?;
 
@@ -205,6 +208,9 @@ impl Plan {
                 second.netns.path(),
                 mtu = self.mtu
             ))?;
+        }
+        if self.underlay == Underlay::Cards {
+            cards::hand_out(&hosts, self.mtu)?;
         }
         let wire = if self.underlay == Underlay::Wire { self.wire(&hosts, &switch)? } else { Vec::new() };
         for host in &hosts {
@@ -303,7 +309,7 @@ impl Plan {
         }
         let (device, address) = match self.underlay {
             Underlay::Bridge | Underlay::Narrow(_) => ("eth0", None),
-            Underlay::Direct | Underlay::Wire => {
+            Underlay::Direct | Underlay::Wire | Underlay::Cards => {
                 ("mgmt0", Some(Ipv4Addr::new(10, 98, 0, number.saturating_add(10))))
             }
         };

@@ -6,14 +6,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use flannel_tests::topology::Lab;
+use flannel_tests::topology::{Lab, Underlay};
 use libtest_mimic::{Failed, Trial};
 
 type Job = Box<dyn FnOnce(&mut Option<Lab>) + Send>;
 
+/// One test at a time, on whatever hosts.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// Two hosts, built when the first test needs them; gone with the last clone of this.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Hosts {
+    underlay: Underlay,
     keeper: Arc<Mutex<Option<Keeper>>>,
 }
 
@@ -23,6 +27,10 @@ struct Keeper {
 }
 
 impl Hosts {
+    pub(crate) fn on(underlay: Underlay) -> Self {
+        Self { underlay, keeper: Arc::default() }
+    }
+
     /// A trial on the shared hosts.
     pub(crate) fn trial(
         &self,
@@ -34,9 +42,11 @@ impl Hosts {
     }
 
     fn run(&self, test: impl FnOnce(&mut Lab) -> Result<()> + Send + 'static) -> Result<()> {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let underlay = self.underlay;
         let (answer, answered) = mpsc::channel();
         let job: Job = Box::new(move |place| {
-            let _ = answer.send(on(place, test));
+            let _ = answer.send(on(place, underlay, test));
         });
         let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
         let jobs = keeper.get_or_insert_with(Keeper::start).jobs.as_ref();
@@ -47,10 +57,10 @@ impl Hosts {
 }
 
 /// A lab on which a test failed is not used again.
-fn on(place: &mut Option<Lab>, test: impl FnOnce(&mut Lab) -> Result<()>) -> Result<()> {
+fn on(place: &mut Option<Lab>, underlay: Underlay, test: impl FnOnce(&mut Lab) -> Result<()>) -> Result<()> {
     let mut lab = match place.take() {
         Some(lab) => lab,
-        None => Lab::new("kernels").build()?,
+        None => Lab::new("kernels").underlay(underlay).build()?,
     };
     test(&mut lab).map_err(|e| anyhow!("{e:#}\n{}", lab.logs()))?;
     *place = Some(lab);

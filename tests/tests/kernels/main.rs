@@ -2,7 +2,7 @@
 //! `cargo xtask vm` runs on every kernel of its matrix, and `cargo xtask test` on this one.
 //!
 //! Emulated, everything takes ten times as long, and most of that would go into starting etcd and building hosts. So all
-//! tests share one lab, one after the other, each beginning with agents of its own; after a failure the next one gets a
+//! tests share one lab (two where network cards are lent), one after the other, each beginning with agents of its own; after a failure the next one gets a
 //! new lab. What is expected of which kernel is in `expected.rs`.
 
 mod expected;
@@ -11,11 +11,20 @@ mod tiers;
 
 use std::process::ExitCode;
 
-use flannel_tests::scenario::run;
+use flannel_tests::{
+    scenario::run,
+    topology::{Underlay, cards},
+};
 
 fn main() -> ExitCode {
-    let hosts = hosts::Hosts::default();
-    let code = run(tiers::trials(&hosts));
-    drop(hosts);
+    let hosts = hosts::Hosts::on(Underlay::Bridge);
+    let mut trials = tiers::trials(&hosts);
+    // The guests of `cargo xtask vm` have some.
+    let with_cards = hosts::Hosts::on(Underlay::Cards);
+    if cards::are_lent() {
+        trials.extend(tiers::trials_on_cards(&with_cards));
+    }
+    let code = run(trials);
+    drop((hosts, with_cards));
     code
 }

@@ -1,13 +1,14 @@
 //! Every value of `--udp-datapath`: which tier is taken and why, that everything passes, and what an agent that is killed
 //! and comes back costs.
 
-use std::{fs, path::PathBuf, thread::sleep, time::Duration};
+use std::{fs, iter, path::PathBuf, thread::sleep, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_common::LAYOUT_VERSION;
 use flannel_tests::{
     agent::{AgentOptions, Status},
     bpf,
+    kernel::XDP_SHARES_QUEUES,
     pods::{all_pairs, nothing_refused, pings, stream},
     probe::ping::{Ping, RunningPing},
     topology::{Host, Lab},
@@ -31,7 +32,7 @@ struct Choice {
     counter: &'static str,
 }
 
-const CHOICES: [Choice; 5] = [
+static CHOICES: [Choice; 5] = [
     Choice {
         option: "auto",
         path: "tc+bridge",
@@ -53,6 +54,21 @@ const CHOICES: [Choice; 5] = [
     Choice { option: "tc", path: "tc+gro", reasons: &["chosen by --udp-datapath=tc"], counter: "decap_tc" },
     Choice { option: "tun", path: "tun", reasons: &["chosen by --udp-datapath=tun"], counter: "decap_user" },
 ];
+
+/// What `auto` and `tc` come to on a card whose driver has native XDP.
+fn on_cards() -> impl Iterator<Item = &'static Choice> {
+    static XDP: Choice = Choice {
+        option: "auto",
+        path: "xdp",
+        reasons: &["native XDP attached, marks proven"],
+        counter: "decap_xdp",
+    };
+    /// A card with one pair of queues, of which XDP wants its own.
+    static TC: Choice =
+        Choice { option: "auto", path: "tc+gro", reasons: &["XDP on eth0"], counter: "decap_tc" };
+    let auto = if XDP_SHARES_QUEUES.met() { &XDP } else { &TC };
+    iter::once(auto).chain(CHOICES.iter().filter(|choice| matches!(choice.option, "tc" | "tun")))
+}
 
 pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -77,6 +93,29 @@ pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
         if *option == "tc" {
             add("a_filter_that_would_swallow_the_tunnels_packets_ends_up_behind_ours".to_owned(), displaced);
             add("an_agent_that_can_t_have_its_tier_leaves_the_one_before_it_at_work".to_owned(), refused);
+        }
+    }
+    trials
+}
+
+/// The same between two hosts with a network card each.
+pub(crate) fn trials_on_cards(hosts: &Hosts) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for choice in on_cards() {
+        let Choice { option, path, .. } = choice;
+        let mut add = |sentence: String, test: fn(&mut Lab, &'static Choice) -> Result<()>| {
+            trials.push(hosts.trial(sentence, move |lab| {
+                bring_up(lab, choice)?;
+                test(lab, choice)
+            }));
+        };
+        add(format!("between_cards_{option}_becomes_{path}_and_two_hosts_reach_each_other"), carried);
+        match *option {
+            "tun" => {}
+            _ => add(
+                format!("between_cards_over_{option}_nothing_is_lost_when_an_agent_is_killed_and_returns"),
+                killed,
+            ),
         }
     }
     trials

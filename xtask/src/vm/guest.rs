@@ -43,8 +43,12 @@ pub(super) const RUNS: &[Run] = &[
     all("kernels"),
 ];
 
+/// Ethernet addresses of the guest's network cards, which the tests may take.
+pub(super) const CARDS: [&str; 2] = ["02:00:00:00:f1:01", "02:00:00:00:f1:02"];
+
 /// Loaded at start. Kinds of devices, matches and targets are loaded by the kernel when they are first used.
-const MODULES: &[&str] = &["tun", "veth", "bridge", "sch_ingress", "cls_bpf", "cls_u32"];
+const MODULES: &[&str] =
+    &["virtio_pci", "virtio_net", "tun", "veth", "bridge", "sch_ingress", "cls_bpf", "cls_u32"];
 
 /// Beside the test binaries and the agent.
 const PROGRAMS: &[&str] = &[
@@ -147,14 +151,15 @@ pub(super) fn build(built: &Built, wanted: &Wanted<'_>) -> Result<PathBuf> {
 
 /// `sh` is dash: busybox's shell would prefer its own applets to PATH, and those of `ip` and `tc` can't do half of it.
 fn script(wanted: &Wanted<'_>) -> String {
-    let mut text = String::from(
+    let mut text = format!(
         "#!/bin/sh\n\
          busybox=$(command -v busybox) && $busybox mkdir -p /bb && $busybox --install -s /bb\n\
-         export PATH=/usr/sbin:/usr/bin:/bb HOME=/root FLANNEL_REQUIRE_ROOT=1 FLANNEL_TESTS_SLOWER=4\n\
+         export PATH=/usr/sbin:/usr/bin:/bb HOME=/root FLANNEL_REQUIRE_ROOT=1 FLANNEL_TESTS_SLOWER=4 FLANNEL_TESTS_CARDS={cards}\n\
          mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev\n\
          mount -t tmpfs run /run; mount -t tmpfs tmp /tmp; mount -t bpf bpf /sys/fs/bpf\n\
          exec >/dev/ttyS0 2>&1 </dev/null\n\
          ip link set lo up\n",
+        cards = CARDS.join(","),
     );
     text += &format!("modprobe -a {} || echo 'VM-FAILED modprobe'\n", MODULES.join(" "));
     text += "read -r up rest </proc/uptime; echo \"VM-UP $up\"\n";

@@ -19,6 +19,9 @@ use crate::progress::{Logged, Step};
 /// The meta package that names a suite's current kernel. The flavour for virtual machines has what the tests need and a
 /// quarter of the modules.
 const META: &str = "linux-image-cloud-amd64";
+/// Says which release a folder holds. Another name for it makes everyone fetch anew: the modules kept are others now.
+const NOTE: &str = "release-2";
+
 /// What a kernel consists of: one package up to 6.12, an image and its modules after that.
 const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -101,7 +104,7 @@ impl Kernel {
     pub(super) fn fetch(&self, cache: Cache) -> Result<Fetched> {
         let folder = folder().join(self.name);
         if cache == Cache::Use
-            && let Ok(release) = fs::read_to_string(folder.join("release"))
+            && let Ok(release) = fs::read_to_string(folder.join(NOTE))
         {
             return Ok(fetched(&folder, release));
         }
@@ -330,14 +333,14 @@ fn download(apt: &Apt, version: &str, folder: &Path) -> Result<String> {
     fs::create_dir_all(tree.parent().context("a folder")?)?;
     fs::rename(all.join(&release), &tree).with_context(|| format!("{} has no modules", all.display()))?;
     keep_only(&tree.join("kernel"), &["net", "drivers", "lib", "crypto", "arch"])?;
-    keep_only(&tree.join("kernel/drivers"), &["net"])?;
+    keep_only(&tree.join("kernel/drivers"), &["net", "virtio"])?;
     run("vm-depmod", Command::new("depmod").arg("-b").arg(folder.join("fs/usr")).arg(&release))?;
     super::guest::pack(&folder.join("fs"), &folder.join("modules.cpio"))?;
     for path in [packages, root, folder.join("fs")] {
         fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
     }
     // Last: without it, nothing was fetched.
-    fs::write(folder.join("release"), &release).context("note the release")?;
+    fs::write(folder.join(NOTE), &release).context("note the release")?;
     Ok(release)
 }
 
