@@ -13,9 +13,6 @@ pub const XDP_FRAGS: Needs = Needs { major: 5, minor: 18, what: "XDP with fragme
 /// Linux 5.15 takes and gives back the metadata in front of a frame when a program is run for a test.
 pub const XDP_TEST_METADATA: Needs = Needs { major: 5, minor: 15, what: "metadata in XDP test runs" };
 
-/// Linux 5.13 lets XDP on virtio-net share the queues of a card that has none to spare (97c2c69e1926).
-pub const XDP_SHARES_QUEUES: Needs = Needs { major: 5, minor: 13, what: "XDP without queues of its own" };
-
 /// A kernel, and what it brought.
 #[derive(Clone, Copy, Debug)]
 pub struct Needs {

@@ -8,7 +8,6 @@ use flannel_common::LAYOUT_VERSION;
 use flannel_tests::{
     agent::{AgentOptions, Status},
     bpf,
-    kernel::XDP_SHARES_QUEUES,
     pods::{all_pairs, nothing_refused, pings, stream},
     probe::ping::{Ping, RunningPing},
     topology::{Host, Lab},
@@ -55,19 +54,15 @@ static CHOICES: [Choice; 5] = [
     Choice { option: "tun", path: "tun", reasons: &["chosen by --udp-datapath=tun"], counter: "decap_user" },
 ];
 
-/// What `auto` and `tc` come to on a card whose driver has native XDP.
+/// Between cards whose driver has native XDP.
 fn on_cards() -> impl Iterator<Item = &'static Choice> {
-    static XDP: Choice = Choice {
+    static AUTO: Choice = Choice {
         option: "auto",
         path: "xdp",
         reasons: &["native XDP attached, marks proven"],
         counter: "decap_xdp",
     };
-    /// A card with one pair of queues, of which XDP wants its own.
-    static TC: Choice =
-        Choice { option: "auto", path: "tc+gro", reasons: &["XDP on eth0"], counter: "decap_tc" };
-    let auto = if XDP_SHARES_QUEUES.met() { &XDP } else { &TC };
-    iter::once(auto).chain(CHOICES.iter().filter(|choice| matches!(choice.option, "tc" | "tun")))
+    iter::once(&AUTO).chain(CHOICES.iter().filter(|choice| matches!(choice.option, "tc" | "tun")))
 }
 
 pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
