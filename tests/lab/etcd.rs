@@ -63,6 +63,8 @@ pub struct Etcd {
     setup: Setup,
     client: SocketAddr,
     peer: SocketAddr,
+    /// `--initial-cluster` of one with several members.
+    cluster: Option<String>,
     child: Option<Child>,
 }
 
@@ -82,7 +84,7 @@ impl Etcd {
             };
             let peer = free_port(Ipv4Addr::LOCALHOST.into())?;
             let folder = tempfile::Builder::new().prefix("flannel-etcd-").tempdir()?;
-            let mut etcd = Self { folder, setup: setup.clone(), client, peer, child: None };
+            let mut etcd = Self { folder, setup: setup.clone(), client, peer, cluster: None, child: None };
             match etcd.restart() {
                 Ok(()) => return Ok(etcd),
                 Err(error) => last = Some(error),
@@ -121,21 +123,37 @@ impl Etcd {
 
     /// Starts the server on the same data and ports, after killing it when it runs, and waits until it answers.
     pub fn restart(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.wait_until_it_answers()
+    }
+
+    /// The name in a cluster.
+    fn name(&self) -> String {
+        if self.cluster.is_some() { format!("m{}", self.client.port()) } else { "lab".to_owned() }
+    }
+
+    fn spawn(&mut self) -> Result<()> {
         self.kill();
         let log = File::create(self.folder.path().join("etcd.log"))?;
         let (client, peer) = (self.endpoint(), format!("http://{}", self.peer));
+        let name = self.name();
+        let cluster = self.cluster.clone().unwrap_or_else(|| format!("{name}={peer}"));
+        // One member agrees with itself quickly; several on a busy machine need what etcd has by itself.
+        let timing: &[&str] = match self.cluster {
+            None => &["--heartbeat-interval", "20", "--election-timeout", "200"],
+            Some(_) => &[],
+        };
         let mut command = Command::new("etcd");
         command
             .arg(format!("--enable-v2={}", self.setup.v2))
-            .args(["--name", "lab", "--logger", "zap", "--log-outputs", "stderr"])
+            .args(["--name", &name, "--logger", "zap", "--log-outputs", "stderr"])
             .args(["--log-level", "warn", "--max-txn-ops", "10240"])
-            // One member agrees with itself quickly.
-            .args(["--heartbeat-interval", "20", "--election-timeout", "200"])
+            .args(timing)
             .arg("--data-dir")
             .arg(self.folder.path().join("data"))
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("lab={peer}")]);
+            .args(["--initial-cluster", &cluster]);
         if let Some(tls) = &self.setup.tls {
             command.arg("--cert-file").arg(&tls.server.cert).arg("--key-file").arg(&tls.server.key);
             if let Some(ca) = &tls.client_ca {
@@ -150,7 +168,7 @@ impl Etcd {
             .spawn()
             .context("starting etcd; apt-get install etcd-server etcd-client")?;
         self.child = Some(child);
-        self.wait_until_it_answers()
+        Ok(())
     }
 
     /// Runs `etcdctl` (v3) against the server and gives its output.
@@ -240,6 +258,65 @@ impl Etcd {
 impl Drop for Etcd {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Several members of one cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    pub members: Vec<Etcd>,
+}
+
+impl Cluster {
+    /// Of `count` members, on free ports of the loopback; returns when all answer.
+    pub fn start(count: usize) -> Result<Self> {
+        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let mut last = None;
+        for _ in 0..PORT_TRIES {
+            let mut members = Vec::new();
+            for _ in 0..count {
+                let (client, peer) = (free_port(loopback)?, free_port(loopback)?);
+                let folder = tempfile::Builder::new().prefix("flannel-etcd-").tempdir()?;
+                // Named once it is known.
+                let cluster = Some(String::new());
+                members.push(Etcd { folder, setup: Setup::default(), client, peer, cluster, child: None });
+            }
+            let list: Vec<String> =
+                members.iter().map(|member| format!("{}=http://{}", member.name(), member.peer)).collect();
+            for member in &mut members {
+                member.cluster = Some(list.join(","));
+                member.spawn()?;
+            }
+            match members.iter_mut().try_for_each(Etcd::wait_until_it_answers) {
+                Ok(()) => return Ok(Self { members }),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| anyhow::anyhow!("etcd was never started")))
+    }
+
+    /// Of all members.
+    pub fn endpoints(&self) -> Vec<String> {
+        self.members.iter().map(Etcd::endpoint).collect()
+    }
+
+    /// Index of the member that leads, as it says itself.
+    pub fn leader(&self) -> Result<usize> {
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            for (index, member) in self.members.iter().enumerate() {
+                let Ok(text) = member.ctl(&["endpoint", "status", "--write-out=json"]) else { continue };
+                let status: serde_json::Value = serde_json::from_str(&text)?;
+                let leads = status.pointer("/0/Status/leader");
+                if leads.is_some() && leads == status.pointer("/0/Status/header/member_id") {
+                    return Ok(index);
+                }
+            }
+            if Instant::now() > end {
+                bail!("no member leads");
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 

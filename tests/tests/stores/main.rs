@@ -159,6 +159,7 @@ fn main() -> ExitCode {
             a_quiet_watch_is_not_broken_by_our_own_questions
             an_etcd_that_is_killed_is_one_interruption_and_then_a_snapshot
             a_dead_endpoint_is_passed_over
+            a_cluster_that_loses_its_leader_loses_nothing
             a_watch_moves_to_another_endpoint_when_its_own_dies
             user_and_password_open_the_door
             mutual_tls_works_and_says_what_is_missing

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use flannel_agent::domain::lease::LeaseEvent;
+use anyhow::{Context, Result, bail, ensure};
+use flannel_agent::domain::lease::{LeaseEvent, Subnets};
 use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
 use flannel_agent::stores::{LeaseStore, NetworkStores, StoreError};
-use flannel_tests::etcd::{Authority, Certificate, Etcd, ServerTls, Setup, free_port};
+use flannel_tests::etcd::{Authority, Certificate, Cluster, Etcd, ServerTls, Setup, free_port};
 use tokio::net::TcpListener;
 
 use crate::ground::{Events, Keys, first, interrupted, network, next, next_within, request, subnets};
@@ -159,6 +159,84 @@ pub(crate) async fn a_watch_moves_to_another_endpoint_when_its_own_dies(api: Etc
     node.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
     ensure!(matches!(next(&mut events).await?, LeaseEvent::Added(_)));
     Ok(())
+}
+
+/// Three members: the one that leads dies and comes back, and the next that leads hangs and goes on.
+pub(crate) async fn a_cluster_that_loses_its_leader_loses_nothing(api: EtcdApi) -> Result<()> {
+    let in_thread = tokio::task::spawn_blocking(|| Cluster::start(3));
+    let mut cluster = in_thread.await??;
+    let config = network("10.5.255.0");
+    let node = store(api, &cluster.endpoints())?;
+    let lease = node.acquire(&request(&config, "192.0.2.1")).await?;
+    let mut events = node.watch();
+    snapshot_of(&mut events, 1).await?;
+    let mut known = vec![lease.subnets];
+    for hangs in [false, true] {
+        let leader;
+        (cluster, leader) = tokio::task::spawn_blocking(move || {
+            let leader = cluster.leader()?;
+            anyhow::Ok((cluster, leader))
+        })
+        .await??;
+        let member = cluster.members.get_mut(leader).context("the member that leads")?;
+        if hangs {
+            member.freeze()?;
+        } else {
+            member.kill();
+        }
+        let since = Instant::now();
+        // Who asks in the time without a leader asks again, as the agent's loop does.
+        retried(|| node.renew(&lease)).await?;
+        let other = store(api, &cluster.endpoints())?;
+        let asked = request(&config, &format!("192.0.2.{}", known.len() + 1));
+        known.push(retried(|| other.acquire(&asked)).await?.subnets);
+        told_of(&mut events, &known).await?;
+        ensure!(since.elapsed() < Duration::from_secs(25), "{:?}, hangs: {hangs}", since.elapsed());
+        cluster = tokio::task::spawn_blocking(move || {
+            let member = cluster.members.get_mut(leader).context("the member that led")?;
+            if hangs {
+                member.thaw()?
+            } else {
+                member.restart()?
+            }
+            anyhow::Ok(cluster)
+        })
+        .await??;
+    }
+    Ok(())
+}
+
+/// Asks until it is answered, for as long as an election and a dead connection take.
+async fn retried<T, F: Future<Output = Result<T, StoreError>>>(ask: impl Fn() -> F) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        match ask().await {
+            Ok(answer) => return Ok(answer),
+            Err(e) if started.elapsed() > Duration::from_secs(20) => return Err(e.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+/// Waits until the watch has told of the last of these leases, by itself or in a snapshot, which has to have all.
+async fn told_of(events: &mut Events, known: &[Subnets]) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(25);
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match next_within(events, left).await? {
+            LeaseEvent::Snapshot(leases, _) => {
+                let all: Vec<Subnets> = leases.iter().map(|lease| lease.subnets).collect();
+                let before = known.split_last().map(|(_, before)| before).unwrap_or_default();
+                ensure!(before.iter().all(|subnets| all.contains(subnets)), "{all:?} without {before:?}");
+                if all.len() == known.len() {
+                    return Ok(());
+                }
+            }
+            LeaseEvent::Added(lease) if Some(&lease.subnets) == known.last() => return Ok(()),
+            LeaseEvent::Removed(subnets) => bail!("{subnets:?} was lost"),
+            _ => {}
+        }
+    }
 }
 
 pub(crate) async fn user_and_password_open_the_door(api: EtcdApi) -> Result<()> {
