@@ -25,8 +25,7 @@ pub async fn wait_for_config(store: &dyn LeaseStore, health: &Health) -> Result<
     loop {
         let reason = match store.network_config().await {
             Ok(text) => match NetworkConfig::parse(&text)
-                // Every store so far leases IPv4 subnets (contract T17).
-                .and_then(|config| config.require_ipv4().map(drop).map(|()| config))
+                .and_then(|config| config.require_family_of_backend().map(|()| config))
             {
                 Ok(config) => {
                     waiting.over();

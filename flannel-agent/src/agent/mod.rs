@@ -455,11 +455,7 @@ fn no_peers(node: &Node) -> Peers {
 }
 
 fn own_addresses(interface: &ExternalInterface) -> Vec<IpAddr> {
-    [IpAddr::from(interface.address), interface.public_ip.into()]
-        .into_iter()
-        .chain(interface.address_v6.map(IpAddr::from))
-        .chain(interface.public_ipv6.map(IpAddr::from))
-        .collect()
+    interface.addresses().chain(interface.public_addresses()).collect()
 }
 
 fn networks(config: &NetworkConfig) -> Subnets {

@@ -1,5 +1,7 @@
 //! What the loop answers to those who ask how it is.
 
+use std::net::Ipv4Addr;
+
 use super::{Agent, networks, now};
 use crate::backends::BackendContext;
 use crate::domain::lease::Subnets;
@@ -17,8 +19,8 @@ impl<H: Host> Agent<H> {
             pid: std::process::id(),
             interface: InterfaceStatus {
                 name: interface.name.clone(),
-                address: interface.address.into(),
-                public_ip: interface.public_ip.into(),
+                address: interface.addresses().next().unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
+                public_ip: interface.public_addresses().next().unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
                 mtu: interface.mtu,
                 away: self.underlay.away().map(str::to_owned),
                 preferred: self.underlay.preferred().map(str::to_owned),
@@ -39,10 +41,7 @@ impl<H: Host> Agent<H> {
                 .iter()
                 .map(|peer| PeerStatus {
                     subnet: cidr(peer.subnets),
-                    public_ip: match (peer.subnets.v4, peer.attrs.public_ipv6) {
-                        (None, Some(v6)) => v6.into(),
-                        _ => peer.attrs.public_ip.into(),
-                    },
+                    public_ip: peer.attrs.node().unwrap_or(peer.attrs.public_ip.into()),
                 })
                 .collect(),
             refused: self

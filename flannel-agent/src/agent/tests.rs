@@ -55,8 +55,8 @@ impl Running {
             name: "eth0".to_owned(),
             index: 2,
             mtu: 1500,
-            address: "192.0.2.1".parse().unwrap(),
-            public_ip: "192.0.2.1".parse().unwrap(),
+            address: "192.0.2.1".parse().ok(),
+            public_ip: "192.0.2.1".parse().ok(),
             address_v6: None,
             public_ipv6: None,
         };

@@ -85,7 +85,7 @@ impl<H: Host> Agent<H> {
             tracing::info!("MTU for pods was {before} and is {after}: {}", backend.mtu_reason());
         }
         let attrs = backend.lease_attrs();
-        if context.interface.address != self.node.context.interface.address {
+        if !context.interface.addresses().eq(self.node.context.interface.addresses()) {
             self.node.store.reconnect();
         }
         let renumbered = !attrs.names_the_node_of(&self.node.backend.lease_attrs());
@@ -94,7 +94,9 @@ impl<H: Host> Agent<H> {
         self.paths.resize(self.node.backend.probed_mtu());
         self.retries.hurry(now());
         if renumbered {
-            tracing::info!("this node is renumbered to {}; its lease is written again", attrs.public_ip);
+            let to: Vec<String> =
+                self.node.context.interface.public_addresses().map(|address| address.to_string()).collect();
+            tracing::info!("this node is renumbered to {}; its lease is written again", to.join(" and "));
             self.health.wait("lease", "our lease does not name this node's new address yet");
             self.tenure.publish(&self.node);
         }

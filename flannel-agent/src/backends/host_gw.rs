@@ -27,13 +27,10 @@ impl HostGw {
             address,
             interface: interface.name.clone(),
         };
-        if interface.public_ip != interface.address {
-            return Err(elsewhere(interface.public_ip.into(), interface.address.into()));
-        }
-        if let (Some(public), Some(address)) = (interface.public_ipv6, interface.address_v6)
-            && public != address
-        {
-            return Err(elsewhere(public.into(), address.into()));
+        for (public, address) in interface.public_addresses().zip(interface.addresses()) {
+            if public != address {
+                return Err(elsewhere(public, address));
+            }
         }
         Ok(Self { interface })
     }

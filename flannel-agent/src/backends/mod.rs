@@ -7,7 +7,7 @@ mod alloc;
 mod host_gw;
 mod udp;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use crate::domain::config::{BackendConfig, NetworkConfig};
 use crate::domain::host_state::{HostState, TunnelOptions};
@@ -102,7 +102,7 @@ pub fn rebuild(config: &NetworkConfig, context: BackendContext) -> Result<Box<dy
 /// What every backend publishes; `backend_type` is flanneld's constant, empty for udp and alloc (contract §3.2).
 fn published(interface: &ExternalInterface, backend_type: &str) -> LeaseAttrs {
     LeaseAttrs {
-        public_ip: interface.public_ip,
+        public_ip: interface.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED),
         public_ipv6: interface.public_ipv6,
         backend_type: backend_type.to_owned(),
         backend_data: None,

@@ -3,6 +3,8 @@
 //! Says only what should be there: a TUN device with the subnet's base address, a route for the whole network to
 //! it, the tunnel, one peer per lease, and a route of its own to a peer whose path carries less than the tunnel. Which tier carries the packets is the host's part.
 
+use std::net::Ipv4Addr;
+
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{Backend, BackendContext, BackendError, published};
@@ -21,6 +23,7 @@ const MOST_MTU: u32 = 65535;
 
 pub(super) struct Udp {
     context: BackendContext,
+    local: Ipv4Addr,
     network: Ipv4Net,
     port: u16,
     mtu: u32,
@@ -67,7 +70,11 @@ impl Udp {
         context: BackendContext,
         port: u16,
     ) -> Result<Self, BackendError> {
-        let network = config.v4.as_ref().ok_or(BackendError::NeedsIpv4 { backend: "udp" })?.network;
+        let needs_v4 = BackendError::NeedsIpv4 { backend: "udp" };
+        let (Some(range), Some(local)) = (&config.v4, context.interface.address) else {
+            return Err(needs_v4);
+        };
+        let network = range.network;
         let underlay = context.interface.mtu.min(MOST_MTU);
         let fixed = fixed_mtu(config, &context);
         let most = underlay.checked_sub(OVERHEAD).filter(|mtu| *mtu >= LEAST_MTU).ok_or_else(|| {
@@ -80,7 +87,7 @@ impl Udp {
             }
         })?;
         let mtu = fixed.map_or(most, |fixed| fixed.value.min(most));
-        Ok(Self { context, network, port, mtu, fixed })
+        Ok(Self { context, local, network, port, mtu, fixed })
     }
 }
 
@@ -123,7 +130,7 @@ impl Backend for Udp {
             HostItem::Tunnel(Tunnel {
                 device: device.clone(),
                 underlay: self.context.interface.name.clone(),
-                local: self.context.interface.address,
+                local: self.local,
                 port: self.port,
                 network: self.network,
                 own_subnet,

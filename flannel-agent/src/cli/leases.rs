@@ -173,7 +173,7 @@ pub(super) fn reservations(words: &[String], env: &Environment) -> Parsed {
                 let subnets = subnets(&words.next("SUBNET")?)?;
                 let address = words.next("PUBLIC_IP")?;
                 let public_ip = address.parse().map_err(|_| {
-                    format!("PUBLIC_IP {} is no IPv4 address, such as 192.0.2.1", quoted(&address))
+                    format!("PUBLIC_IP {} is no address, such as 192.0.2.1", quoted(&address))
                 })?;
                 ReservationsAction::Add(Reservation { subnets, public_ip })
             }

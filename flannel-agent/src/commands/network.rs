@@ -155,7 +155,8 @@ impl Network {
             previous_only: false,
         };
         let lease = startup::take_lease(store.as_ref(), &request, health).await?;
-        tracing::info!("lease {} of {}", lease.subnets, lease.attrs.public_ip);
+        let node = lease.attrs.node().map_or_else(|| "no address".to_owned(), |node| node.to_string());
+        tracing::info!("lease {} of {node}", lease.subnets);
 
         // Only now it is known which of several tunnel devices carries our subnet.
         if is_tunnel {

@@ -236,8 +236,9 @@ impl Peers {
     }
 
     fn own_seen(&mut self, lease: Lease) -> Option<OwnLease> {
-        let ours = lease.attrs.public_ip == self.own.attrs.public_ip
-            || self.own_addresses.contains(&lease.attrs.public_ip.into());
+        let node = lease.attrs.node();
+        let ours =
+            node == self.own.attrs.node() || node.is_some_and(|node| self.own_addresses.contains(&node));
         if !ours {
             return self.own_gone();
         }
@@ -403,10 +404,7 @@ fn spans(subnets: &Subnets) -> impl Iterator<Item = (IpAddr, IpAddr)> {
 }
 
 fn node_of(lease: &Lease) -> IpAddr {
-    match lease.attrs.public_ipv6 {
-        Some(v6) if lease.attrs.public_ip.is_unspecified() => v6.into(),
-        _ => lease.attrs.public_ip.into(),
-    }
+    lease.attrs.node().unwrap_or(lease.attrs.public_ip.into())
 }
 
 fn is_usable(address: IpAddr) -> bool {

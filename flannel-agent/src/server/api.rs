@@ -281,7 +281,7 @@ struct Ask {
     #[serde(default)]
     only: bool,
     /// The public address the lease had before.
-    from: Option<std::net::Ipv4Addr>,
+    from: Option<std::net::IpAddr>,
 }
 
 async fn acquire(
@@ -322,7 +322,7 @@ async fn renew(
     let network = network_of(&server, &network).await?;
     let mut known = asked.clone();
     if let Some(from) = ask.from {
-        known.attrs.public_ip = from;
+        known.attrs = LeaseAttrs::of_node(from);
     }
     let lease = network.store.rewrite(&known, &asked.attrs).await?;
     network.feed.wrote(lease.clone());

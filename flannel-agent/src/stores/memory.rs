@@ -13,7 +13,9 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
-use super::{CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, check_reservation, decode};
+use super::{
+    CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, check_reservation, decode, in_words,
+};
 use crate::domain::allocator::{Choice, Taken, choose};
 use crate::domain::config::NetworkConfig;
 use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets, Unreadable};
@@ -245,11 +247,11 @@ impl LeaseStore for MemoryStore {
         let lost = |reason: String| StoreError::LeaseLost { subnets: known.subnets, reason };
         let key = known.subnets.to_string();
         let entry = state.entries.get(&key).ok_or_else(|| lost("it was deleted or has expired".into()))?;
-        let ours = [known.attrs.public_ip, attrs.public_ip];
+        let ours = [known.attrs.node(), attrs.node()];
         let mut attrs = attrs.clone();
         let endless = match lease(&key, entry) {
-            Ok(present) if !ours.contains(&present.attrs.public_ip) => {
-                return Err(lost(format!("it belongs to {} now", present.attrs.public_ip)));
+            Ok(present) if !ours.contains(&present.attrs.node()) => {
+                return Err(lost(format!("it belongs to {} now", in_words(present.attrs.node()))));
             }
             Ok(present) => {
                 attrs.keep_unknown_of(&present.attrs);
@@ -266,7 +268,10 @@ impl LeaseStore for MemoryStore {
         let (leases, _) = self.reach()?.list();
         let endless = leases.into_iter().filter(|lease| lease.expires.is_none());
         Ok(endless
-            .map(|lease| Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip })
+            .map(|lease| Reservation {
+                subnets: lease.subnets,
+                public_ip: lease.attrs.node().unwrap_or(lease.attrs.public_ip.into()),
+            })
             .collect())
     }
 
@@ -279,17 +284,17 @@ impl LeaseStore for MemoryStore {
         let subnets = reservation.subnets;
         let key = subnets.to_string();
         let attrs = match state.entries.get(&key).map(|entry| lease(&key, entry)) {
-            Some(Ok(lease)) if lease.attrs.public_ip != reservation.public_ip => {
-                return Err(StoreError::taken(subnets, lease.attrs.public_ip));
+            Some(Ok(lease)) if lease.attrs.node() != Some(reservation.public_ip) => {
+                return Err(StoreError::taken(subnets, &lease.attrs));
             }
             Some(Ok(lease)) => lease.attrs,
-            Some(Err(_)) => LeaseAttrs::new(reservation.public_ip),
+            Some(Err(_)) => LeaseAttrs::of_node(reservation.public_ip),
             None => {
                 let mut others = state.entries.keys().filter_map(|key| key.parse::<Subnets>().ok());
                 if let Some(other) = others.find(|other| other.overlaps(&subnets)) {
                     return Err(StoreError::Conflict(format!("subnet {subnets} overlaps lease {other}")));
                 }
-                LeaseAttrs::new(reservation.public_ip)
+                LeaseAttrs::of_node(reservation.public_ip)
             }
         };
         state.write(subnets, attrs, None);

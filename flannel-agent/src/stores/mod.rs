@@ -16,7 +16,7 @@ pub(crate) mod pem;
 mod registry;
 pub mod remote;
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,12 +42,12 @@ pub struct LeaseRequest {
 }
 
 impl LeaseRequest {
-    /// The family that the network has and the node has no public address of.
-    fn missing_address(&self) -> Option<&'static str> {
-        if self.config.v4.is_some() && self.attrs.public_ip.is_unspecified() {
-            return Some("IPv4");
+    /// What the node is known by in this network.
+    fn node(&self) -> Option<IpAddr> {
+        match self.config.v4 {
+            Some(_) => Some(self.attrs.public_ip.into()).filter(|address: &IpAddr| !address.is_unspecified()),
+            None => self.attrs.public_ipv6.map(IpAddr::from),
         }
-        (self.config.v4.is_none() && self.attrs.public_ipv6.is_none()).then_some("IPv6")
     }
 
     fn wish(&self) -> Wish<'_> {
@@ -56,7 +56,7 @@ impl LeaseRequest {
             Some(subnets) if self.previous_only => Previous::Only(subnets),
             Some(subnets) => Previous::Preferred(subnets),
         };
-        Wish { config: &self.config, public_ip: self.attrs.public_ip, previous }
+        Wish { config: &self.config, node: self.node(), previous }
     }
 }
 
@@ -159,8 +159,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    fn taken(subnets: Subnets, by: Ipv4Addr) -> Self {
-        Self::Conflict(format!("subnet {subnets} is leased by {by} already"))
+    fn taken(subnets: Subnets, by: &LeaseAttrs) -> Self {
+        Self::Conflict(format!("subnet {subnets} is leased by {} already", in_words(by.node())))
     }
 
     fn no_reservation(subnets: Subnets) -> Self {
@@ -178,9 +178,7 @@ impl StoreError {
             NoSubnet::PreviousTaken { subnets, .. } | NoSubnet::PreviousUnfit(subnets) => {
                 Self::LeaseLost { subnets, reason: text }
             }
-            NoSubnet::Ipv6Only | NoSubnet::NoPublicIp => {
-                Self::Refused { store: store.to_owned(), reason: text }
-            }
+            NoSubnet::NoPublicIp { .. } => Self::Refused { store: store.to_owned(), reason: text },
         }
     }
 }
@@ -195,7 +193,15 @@ const CONFIG_EXAMPLE: &str = r#"{"Network":"10.244.0.0/16"}"#;
 fn check_reservation(reservation: &Reservation, config: &NetworkConfig) -> Result<(), StoreError> {
     let subnets = &reservation.subnets;
     if reservation.public_ip.is_unspecified() {
-        return Err(StoreError::Conflict("the reservation names no node: PublicIP is 0.0.0.0".into()));
+        let address = reservation.public_ip;
+        return Err(StoreError::Conflict(format!("the reservation names no node: PublicIP is {address}")));
+    }
+    if reservation.public_ip.is_ipv4() != config.v4.is_some() {
+        let family = if config.v4.is_some() { "IPv4" } else { "IPv6" };
+        return Err(StoreError::Conflict(format!(
+            "the reservation is for {}: nodes of this network are known by their {family} address",
+            reservation.public_ip
+        )));
     }
     let lengths = (subnets.v4.map(|net| net.prefix_len()), subnets.v6.map(|net| net.prefix_len()));
     let wanted = (config.v4.map(|range| range.subnet_len), config.v6.map(|range| range.subnet_len));
@@ -214,6 +220,11 @@ fn check_reservation(reservation: &Reservation, config: &NetworkConfig) -> Resul
         )));
     }
     Ok(())
+}
+
+/// Who has a lease.
+fn in_words(node: Option<IpAddr>) -> String {
+    node.map_or_else(|| "a node without an address".to_owned(), |address| address.to_string())
 }
 
 /// Tells leases from other entries. `key` is the whole key, `last` its part behind the leases' folder.

@@ -1,9 +1,14 @@
 //! host-gw and alloc.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
-use flannel_tests::{agent::AgentOptions, probe::ping::Ping, scenario::scenario, topology::Lab};
+use anyhow::{Context as _, Result, bail, ensure};
+use flannel_tests::{
+    agent::AgentOptions,
+    probe::ping::Ping,
+    scenario::scenario,
+    topology::{Host, Lab},
+};
 use libtest_mimic::Trial;
 
 use crate::traffic::{all_pairs, datagrams, pings, stream};
@@ -24,7 +29,114 @@ pub(crate) fn trials() -> Vec<Trial> {
             healing,
         ),
         scenario("alloc_leases_and_touches_nothing", Lab::new("alloc").config(ALLOC), alloc),
+        scenario(
+            "a_network_of_only_ipv6_is_leased_routed_healed_and_renumbered",
+            Lab::new("only-ipv6").hosts(2).config(&only_ipv6("host-gw")),
+            routes_only_ipv6,
+        ),
+        scenario(
+            "of_only_ipv6_alloc_leases_and_udp_says_why_it_can_not",
+            Lab::new("only-ipv6-alloc").hosts(1).config(&only_ipv6("udp")),
+            leases_only_ipv6,
+        ),
     ]
+}
+
+fn only_ipv6(backend: &str) -> String {
+    format!(
+        r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:244::/48","Backend":{{"Type":"{backend}"}}}}"#
+    )
+}
+
+/// Hosts get `fd99::11` and so on, and an IPv6 default route; IPv4 stays, as the way to etcd.
+fn speak_ipv6(lab: &Lab) -> Result<()> {
+    for (number, host) in (1..).zip(lab.hosts()) {
+        // Nobody has the addresses already, and none is waited for.
+        for (key, value) in [("accept_dad", "0"), ("disable_ipv6", "0")] {
+            for device in ["all", "eth0", "lo"] {
+                host.netns().sysctl(&format!("net.ipv6.conf.{device}.{key}"), value)?;
+            }
+        }
+        host.netns().sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        host.netns().ip(&format!("addr add fd99::1{number}/64 dev eth0 nodad"))?;
+        host.netns().ip("-6 route add default via fd99::1 dev eth0")?;
+    }
+    Ok(())
+}
+
+/// `FLANNEL_IPV6_SUBNET` without its length, from a file that has exactly what flanneld would write.
+fn first_ipv6(host: &Host) -> Result<String> {
+    let text = fs::read_to_string(host.files().subnet_env())?;
+    let subnet = text.lines().find_map(|line| line.strip_prefix("FLANNEL_IPV6_SUBNET="));
+    let first = subnet.and_then(|subnet| subnet.strip_suffix("/64")).with_context(|| text.clone())?;
+    let wanted = format!(
+        "FLANNEL_IPV6_NETWORK=fd00:244::/48\nFLANNEL_IPV6_SUBNET={first}/64\nFLANNEL_MTU=1500\nFLANNEL_IPMASQ=false\n"
+    );
+    ensure!(text == wanted, "{text}");
+    Ok(first.to_owned())
+}
+
+fn routes_only_ipv6(lab: &mut Lab) -> Result<()> {
+    speak_ipv6(lab)?;
+    for index in 0..2 {
+        lab.host_mut(index).start_agent(&AgentOptions::new()?)?;
+    }
+    lab.wait_connected()?;
+    let limit = Duration::from_secs(10);
+    let mut firsts = Vec::new();
+    for (index, node) in [(0, "fd99::12"), (1, "fd99::11")] {
+        let host = lab.host(index);
+        let peers = host.status()?.peers;
+        let [peer] = &peers[..] else { bail!("{} has the peers {peers:?}", host.name()) };
+        ensure!(peer.public_ip == node, "{peer:?}");
+        host.wait_output("ip -6 route", &format!("{} via {node} dev eth0", peer.subnet), limit)?;
+        let first = first_ipv6(host)?;
+        host.netns().ip(&format!("addr add {first}/128 dev lo"))?;
+        let key = format!("0.0.0.0-0&{}-64", first.trim_end_matches('1'));
+        let value = format!(
+            r#"{{"PublicIP":"0.0.0.0","PublicIPv6":"fd99::1{}","BackendType":"host-gw"}}"#,
+            index + 1
+        );
+        ensure!(
+            lab.datastore().leases()?.contains(&(key.clone(), value)),
+            "{key}: {:?}",
+            lab.datastore().leases()?
+        );
+        firsts.push((first, key, peer.subnet.clone()));
+    }
+    let [(first, key, others), (far, _, own)] = &firsts[..] else { bail!("two hosts") };
+    let ping = format!("ping -6 -c 5 -i 0.05 -W 1 -I {first} {far}");
+    lab.host(0).netns().output(&ping)?;
+
+    // A route that somebody deletes is back at once.
+    lab.host(0).netns().ip(&format!("-6 route del {others}"))?;
+    lab.host(0).wait_output("ip -6 route", &format!("{others} via fd99::12"), Duration::from_secs(1))?;
+    // So is a lease, under the same subnet.
+    ensure!(lab.datastore().delete(&format!("subnets/{key}"))?);
+    lab.host(1).agent()?.wait_status("its peer again", |status| status.peers.len() == 1)?;
+    ensure!(lab.datastore().leases()?.iter().any(|(there, _)| there == key));
+    // And the same after a crash.
+    lab.host_mut(0).agent_mut()?.crash()?;
+    lab.host_mut(0).start_agent(&AgentOptions::new()?)?.wait_ready()?;
+    ensure!(first_ipv6(lab.host(0))? == *first);
+    // The node gets another address and keeps its subnet.
+    lab.host(0).netns().ip("addr add fd99::21/64 dev eth0 nodad")?;
+    lab.host(0).netns().ip("addr del fd99::11/64 dev eth0")?;
+    lab.host(1).wait_output("ip -6 route", &format!("{own} via fd99::21 dev eth0"), limit)?;
+    ensure!(first_ipv6(lab.host(0))? == *first);
+    lab.host(0).netns().output(&ping).map(drop)
+}
+
+fn leases_only_ipv6(lab: &mut Lab) -> Result<()> {
+    speak_ipv6(lab)?;
+    let agent = lab.host_mut(0).start_agent(&AgentOptions::new()?)?;
+    agent.wait_not_ready("backend udp carries IPv4 only")?;
+    lab.datastore().put_config(&only_ipv6("alloc"))?;
+    lab.host_mut(0).agent_mut()?.wait_ready()?;
+    let key = format!("0.0.0.0-0&{}-64", first_ipv6(lab.host(0))?.trim_end_matches('1'));
+    let value = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd99::11"}"#.to_owned();
+    ensure!(lab.datastore().leases()? == [(key, value)], "{:?}", lab.datastore().leases()?);
+    Ok(())
 }
 
 fn bring_up(lab: &mut Lab) -> Result<()> {

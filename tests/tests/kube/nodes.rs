@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         scenario("addresses_in_annotations_go_before_our_own", Lab::new("kube-addresses"), addresses),
         scenario("nodes_come_and_go_move_and_are_none_of_ours", Lab::new("kube-others").hosts(1), others),
         scenario("both_families_of_pod_cidrs_are_leased_and_routed", Lab::new("kube-dual"), both_families),
+        scenario("pod_cidrs_of_only_ipv6_are_leased_and_routed", Lab::new("kube-only-ipv6"), only_ipv6),
         scenario("a_pod_finds_its_node_by_its_own_name", Lab::new("kube-pod").hosts(1), by_pod),
     ]
 }
@@ -64,18 +65,9 @@ fn as_recorded(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-fn both_families(lab: &mut Lab) -> Result<()> {
-    let cluster = Cluster::start(lab)?;
-    fs::write(
-        &cluster.net_config,
-        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:244::/48","Backend":{"Type":"host-gw"}}"#,
-    )?;
+/// `fd99::1NUMBER` on the underlay, and the first address of the pod CIDR.
+fn speak_ipv6(lab: &Lab) -> Result<()> {
     for (number, host) in (1..).zip(lab.hosts()) {
-        cluster.api.create_node(
-            &format!("h{number}"),
-            &[&format!("10.244.{number}.0/24"), &format!("fd00:244:0:{number}::/64")],
-            Some(json!({"node.alpha.kubernetes.io/ttl": "0"})),
-        )?;
         for device in ["all", "eth0", "lo"] {
             host.netns().sysctl(&format!("net.ipv6.conf.{device}.disable_ipv6"), "0")?;
         }
@@ -83,6 +75,69 @@ fn both_families(lab: &mut Lab) -> Result<()> {
         host.netns().ip(&format!("addr add fd99::1{number}/64 dev eth0 nodad"))?;
         host.netns().ip(&format!("addr add fd00:244:0:{number}::1/128 dev lo"))?;
     }
+    Ok(())
+}
+
+fn only_ipv6(lab: &mut Lab) -> Result<()> {
+    let cluster = Cluster::start(lab)?;
+    speak_ipv6(lab)?;
+    let config = |backend: &str| {
+        format!(
+            r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:244::/48","Backend":{{"Type":"{backend}"}}}}"#
+        )
+    };
+    fs::write(&cluster.net_config, config("host-gw"))?;
+    for number in 1..=2 {
+        let cidr = format!("fd00:244:0:{number}::/64");
+        cluster.api.create_node(&format!("h{number}"), &[&cidr], None)?;
+    }
+    for index in 0..2 {
+        let options = cluster.options(lab.host(index))?.flag("--iface=eth0");
+        lab.host_mut(index).start_agent(&options)?;
+    }
+    lab.wait_connected()?;
+    for (suffix, wanted) in
+        [("public-ip", "0.0.0.0"), ("public-ipv6", "fd99::11"), ("backend-type", "host-gw")]
+    {
+        let node = cluster.api.node("h1")?;
+        ensure!(annotation(&node, suffix) == Some(wanted), "{suffix}: {node:#}");
+    }
+    let host = lab.host(0);
+    host.wait_output("ip -6 route", "fd00:244:0:2::/64 via fd99::12", Duration::from_secs(10))?;
+    host.netns().output("ping -6 -c 5 -i 0.05 -W 1 fd00:244:0:2::1")?;
+    let wanted = "FLANNEL_IPV6_NETWORK=fd00:244::/48\nFLANNEL_IPV6_SUBNET=fd00:244:0:1::1/64\nFLANNEL_MTU=1500\n\
+                  FLANNEL_IPMASQ=false\n";
+    ensure!(fs::read_to_string(host.files().subnet_env())? == wanted);
+    let lost = json!({"metadata": {"annotations": {format!("{PREFIX}/public-ipv6"): null}}});
+    cluster.api.patch_node("h1", &lost)?;
+    let written = |node: &Value| annotation(node, "public-ipv6") == Some("fd99::11");
+    cluster.api.wait_node("h1", "to have its address again", written)?;
+
+    // Where no other node needs the address, it is known all the same.
+    lab.host_mut(1).agent_mut()?.crash()?;
+    fs::write(&cluster.net_config, config("alloc"))?;
+    let options = cluster.options(lab.host(1))?.flag("--iface=eth0");
+    lab.host_mut(1).start_agent(&options)?.wait_ready()?;
+    let node = cluster.api.node("h2")?;
+    ensure!(annotation(&node, "public-ipv6") == Some("fd99::12"), "{node:#}");
+    ensure!(annotation(&node, "backend-type") == Some(""), "{node:#}");
+    Ok(())
+}
+
+fn both_families(lab: &mut Lab) -> Result<()> {
+    let cluster = Cluster::start(lab)?;
+    fs::write(
+        &cluster.net_config,
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:244::/48","Backend":{"Type":"host-gw"}}"#,
+    )?;
+    for number in 1..=lab.hosts().len() {
+        cluster.api.create_node(
+            &format!("h{number}"),
+            &[&format!("10.244.{number}.0/24"), &format!("fd00:244:0:{number}::/64")],
+            Some(json!({"node.alpha.kubernetes.io/ttl": "0"})),
+        )?;
+    }
+    speak_ipv6(lab)?;
     for index in 0..2 {
         let options = cluster.options(lab.host(index))?.flag("--iface=eth0");
         lab.host_mut(index).start_agent(&options)?;

@@ -144,8 +144,8 @@ async fn live(
         name: "eth0".to_owned(),
         index: 2,
         mtu: 1500,
-        address: ip,
-        public_ip: ip,
+        address: Some(ip),
+        public_ip: Some(ip),
         address_v6: None,
         public_ipv6: None,
     };

@@ -22,7 +22,7 @@ const SILENCE_NOTICED: Duration = Duration::from_secs(110);
 const ALL: &str = "10.5.255.0";
 
 /// A case of the contract that can't apply, why, and the case that shows what Kubernetes does instead.
-const INSTEAD: [(&str, &str, &str); 17] = [
+const INSTEAD: [(&str, &str, &str); 19] = [
     (
         "fields_of_others_survive_a_reuse_and_a_renewal",
         "a lease is annotations of a Node, each by itself",
@@ -73,6 +73,16 @@ const INSTEAD: [(&str, &str, &str); 17] = [
         "a_lease_that_was_taken_over_is_not_overwritten",
         "a pod CIDR belongs to a Node, which nobody else is",
         "another_node_with_our_pod_cidr_takes_nothing_from_us",
+    ),
+    (
+        "a_lease_of_only_ipv6_that_was_taken_over_is_lost",
+        "a pod CIDR belongs to a Node, which nobody else is",
+        "another_node_with_our_pod_cidr_takes_nothing_from_us",
+    ),
+    (
+        "a_subnet_of_only_ipv6_is_reserved",
+        "every pod CIDR is its Node's for good",
+        "reservations_are_refused_with_the_reason",
     ),
     ("a_lease_that_ends_is_told", "no lease has an end", "a_node_that_is_deleted_or_left_by_flannel_is_told"),
     (
@@ -359,7 +369,7 @@ async fn a_node_that_cannot_be_read_hides_nothing(ground: Ground) -> Result<()> 
 async fn reservations_are_refused_with_the_reason(ground: Ground) -> Result<()> {
     let node = ground.node();
     let lease = node.acquire(&request(&network(ALL), "192.0.2.1")).await?;
-    let wanted = Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip };
+    let wanted = Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip.into() };
     for error in [
         node.reservations().await.map(drop).unwrap_err(),
         node.reserve(&wanted).await.unwrap_err(),

@@ -206,6 +206,7 @@ fn main() -> ExitCode {
         a_running_node_gets_no_other_subnet
         a_lease_that_no_longer_fits_is_replaced
         both_families_are_leased_under_one_key
+        a_network_of_only_ipv6_is_leased
         a_full_network_says_so
         eight_nodes_at_once_share_eight_subnets
         two_nodes_with_one_public_address_share_a_lease
@@ -214,6 +215,7 @@ fn main() -> ExitCode {
         a_node_with_a_new_address_keeps_its_lease
         a_moved_nodes_lease_that_was_taken_over_is_lost
         a_lease_that_was_taken_over_is_not_overwritten
+        a_lease_of_only_ipv6_that_was_taken_over_is_lost
         a_deleted_lease_is_lost
         a_damaged_lease_is_put_right
         what_changes_is_told_after_a_snapshot
@@ -221,6 +223,7 @@ fn main() -> ExitCode {
         an_entry_that_cannot_be_read_hides_nothing
         an_address_of_the_wrong_family_is_refused
         a_reserved_subnet_waits_for_its_node
+        a_subnet_of_only_ipv6_is_reserved
         a_lease_becomes_a_reservation_and_a_lease_again
         a_reservation_that_cannot_be_is_refused_with_the_reason
         a_revoked_lease_is_told_and_free

@@ -178,7 +178,7 @@ fn reservations_take_the_daemons_flags_about_the_store() {
         ("flannel-agent reservations add 10.1.2.0/24", "PUBLIC_IP is missing"),
         (
             "flannel-agent reservations add 10.1.2.0/24 here",
-            "PUBLIC_IP \"here\" is no IPv4 address, such as 192.0.2.1",
+            "PUBLIC_IP \"here\" is no address, such as 192.0.2.1",
         ),
         (
             "flannel-agent reservations list --network=../x",

@@ -24,8 +24,9 @@ const CANDIDATES: usize = 100;
 #[derive(Clone, Copy, Debug)]
 pub struct Wish<'a> {
     pub config: &'a NetworkConfig,
-    /// The node's public IPv4 address: a lease that names it is ours, whatever daemon wrote it.
-    pub public_ip: Ipv4Addr,
+    /// The node's public address, IPv4 unless the network is of only IPv6: a lease that names it is ours, whatever daemon
+    /// wrote it.
+    pub node: Option<IpAddr>,
     pub previous: Previous,
 }
 
@@ -69,25 +70,19 @@ pub enum NoSubnet {
     PreviousTaken { subnets: Subnets, by: String },
     #[error("subnet {0} does not fit the network configuration any more")]
     PreviousUnfit(Subnets),
-    #[error(
-        "IPv6-only networks need IPv4 lease keys in this store: set EnableIPv4, or use Kubernetes as the store"
-    )]
-    Ipv6Only,
-    #[error("this node has no public IPv4 address, and leases are told apart by it")]
-    NoPublicIp,
+    #[error("this node has no public {family} address, and leases are told apart by it")]
+    NoPublicIp { family: &'static str },
 }
 
 /// Contract §3.5, steps 3 to 5.
 pub fn choose(wish: &Wish<'_>, taken: &Taken<'_>, rng: &mut impl Rng) -> Result<Choice, NoSubnet> {
     let config = wish.config;
-    let range = config.v4.as_ref().ok_or(NoSubnet::Ipv6Only)?;
-    if wish.public_ip.is_unspecified() {
-        return Err(NoSubnet::NoPublicIp);
-    }
+    let family = if config.v4.is_some() { "IPv4" } else { "IPv6" };
+    let node = wish.node.ok_or(NoSubnet::NoPublicIp { family })?;
     if let Previous::Only(subnets) = wish.previous {
-        return choose_again(wish, taken, subnets);
+        return choose_again(config, node, taken, subnets);
     }
-    if let Some(own) = taken.leases.iter().find(|lease| lease.attrs.public_ip == wish.public_ip) {
+    if let Some(own) = taken.leases.iter().find(|lease| lease.attrs.node() == Some(node)) {
         return Ok(match fits(&own.subnets, config) {
             true => Choice::Reuse(own.clone()),
             false => Choice::Delete(own.clone()),
@@ -99,10 +94,13 @@ pub fn choose(wish: &Wish<'_>, taken: &Taken<'_>, rng: &mut impl Rng) -> Result<
             return Ok(Choice::Take(subnets));
         }
     }
-    let v4 = {
-        let blocked = blocked(taken.all().filter_map(|subnets| subnets.v4).map(span_v4));
-        let base = pick(range_v4(range), &blocked, rng).ok_or_else(|| exhausted(range))?;
-        u32::try_from(base).ok().and_then(|base| Ipv4Net::new(base.into(), range.subnet_len).ok())
+    let v4 = match &config.v4 {
+        None => None,
+        Some(range) => {
+            let blocked = blocked(taken.all().filter_map(|subnets| subnets.v4).map(span_v4));
+            let base = pick(range_v4(range), &blocked, rng).ok_or_else(|| exhausted(range))?;
+            u32::try_from(base).ok().and_then(|base| Ipv4Net::new(base.into(), range.subnet_len).ok())
+        }
     };
     let v6 = match &config.v6 {
         None => None,
@@ -137,18 +135,25 @@ pub fn fits(subnets: &Subnets, config: &NetworkConfig) -> bool {
 }
 
 /// A running node: its subnet, whoever else may share its address.
-fn choose_again(wish: &Wish<'_>, taken: &Taken<'_>, subnets: Subnets) -> Result<Choice, NoSubnet> {
+fn choose_again(
+    config: &NetworkConfig,
+    node: IpAddr,
+    taken: &Taken<'_>,
+    subnets: Subnets,
+) -> Result<Choice, NoSubnet> {
     let subnets = without_host_bits(subnets);
-    if !fits(&subnets, wish.config) {
+    if !fits(&subnets, config) {
         return Err(NoSubnet::PreviousUnfit(subnets));
     }
-    let is_ours = |lease: &&Lease| lease.attrs.public_ip == wish.public_ip;
+    let is_ours = |lease: &&Lease| lease.attrs.node() == Some(node);
     if let Some(own) = taken.leases.iter().filter(is_ours).find(|lease| lease.subnets == subnets) {
         return Ok(Choice::Reuse(own.clone()));
     }
     let mut in_the_way = taken.leases.iter().filter(|lease| lease.subnets.overlaps(&subnets));
     if let Some(other) = in_the_way.clone().find(|lease| !is_ours(lease)) {
-        return Err(NoSubnet::PreviousTaken { subnets, by: other.attrs.public_ip.to_string() });
+        let by =
+            other.attrs.node().map_or_else(|| "a lease that names no node".to_owned(), |ip| ip.to_string());
+        return Err(NoSubnet::PreviousTaken { subnets, by });
     }
     if let Some(own) = in_the_way.next() {
         return Ok(Choice::Delete(own.clone()));

@@ -54,7 +54,7 @@ fn leases(lines: &[&str]) -> Vec<Lease> {
 }
 
 fn ask(config: &NetworkConfig, previous: Previous, lines: &[&str]) -> String {
-    let wish = Wish { config, public_ip: US.parse().unwrap(), previous };
+    let wish = Wish { config, node: US.parse().ok(), previous };
     let leases = leases(lines);
     let taken = Taken { leases: &leases, unreadable: &[] };
     match choose(&wish, &taken, &mut StdRng::seed_from_u64(1)) {
@@ -183,14 +183,43 @@ fn ipv4_only_leases_do_not_disturb_a_dual_stack_network() {
 }
 
 #[test]
-fn what_the_store_cannot_hold_is_refused_clearly() {
+fn a_node_without_the_address_that_leases_are_told_apart_by_is_refused() {
+    let config = network("10.5.0.0/16 24 10.5.1.0 10.5.2.0");
+    let wish = Wish { config: &config, node: None, previous: Previous::None };
+    let taken = Taken { leases: &[], unreadable: &[] };
+    assert_eq!(
+        choose(&wish, &taken, &mut StdRng::seed_from_u64(1)),
+        Err(NoSubnet::NoPublicIp { family: "IPv4" })
+    );
+}
+
+#[test]
+fn a_network_of_only_ipv6_is_leased_by_ipv6_addresses() {
     let mut config = dual("10.5.0.0/16 24 10.5.1.0 10.5.2.0");
     config.v4 = None;
-    assert!(ask(&config, Previous::None, &[]).contains("IPv6-only"));
-    let config = network("10.5.0.0/16 24 10.5.1.0 10.5.2.0");
-    let wish = Wish { config: &config, public_ip: Ipv4Addr::UNSPECIFIED, previous: Previous::None };
-    let taken = Taken { leases: &[], unreadable: &[] };
-    assert_eq!(choose(&wish, &taken, &mut StdRng::seed_from_u64(1)), Err(NoSubnet::NoPublicIp));
+    config.v6 = config.v6.map(|range| SubnetRange { subnet_max: "fd00:0:0:2::".parse().unwrap(), ..range });
+    let key = "0.0.0.0-0&fd00:0:0:1::-64";
+    let lease = |key: &str, node: &str| Lease {
+        subnets: key.parse().unwrap(),
+        attrs: LeaseAttrs::of_node(node.parse().unwrap()),
+        expires: None,
+        revision: 0,
+    };
+    let ask = |node: &str, previous, leases: &[Lease]| {
+        let wish = Wish { config: &config, node: node.parse().ok(), previous };
+        choose(&wish, &Taken { leases, unreadable: &[] }, &mut StdRng::seed_from_u64(1))
+    };
+    let others = [lease(key, "2001:db8::2"), lease("10.5.1.0-24", "192.0.2.1")];
+    let second = "0.0.0.0-0&fd00:0:0:2::-64".parse().unwrap();
+    assert_eq!(ask("2001:db8::1", Previous::None, &others), Ok(Choice::Take(second)));
+    assert_eq!(ask("2001:db8::2", Previous::None, &others), Ok(Choice::Reuse(others[0].clone())));
+    assert_eq!(ask("2001:db8::1", preferred(key), &[]), Ok(Choice::Take(key.parse().unwrap())));
+    assert_eq!(ask("", Previous::None, &others), Err(NoSubnet::NoPublicIp { family: "IPv6" }));
+    let only = Previous::Only(key.parse().unwrap());
+    assert_eq!(
+        ask("2001:db8::1", only, &others).unwrap_err().to_string(),
+        format!("subnet {key} is leased by 2001:db8::2 now")
+    );
 }
 
 #[test]
@@ -199,7 +228,7 @@ fn an_entry_that_cannot_be_read_still_occupies_its_subnet() {
     let unreadable = ["10.5.1.0-24".parse().unwrap()];
     let taken = Taken { leases: &[], unreadable: &unreadable };
     for previous in [Previous::None, preferred("10.5.1.0-24")] {
-        let wish = Wish { config: &config, public_ip: US.parse().unwrap(), previous };
+        let wish = Wish { config: &config, node: US.parse().ok(), previous };
         let choice = choose(&wish, &taken, &mut StdRng::seed_from_u64(1));
         assert_eq!(choice, Ok(Choice::Take("10.5.2.0-24".parse().unwrap())));
     }
@@ -212,7 +241,7 @@ fn the_choice_is_spread_over_the_first_hundred_free_subnets() {
     let mut rng = StdRng::seed_from_u64(7);
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..5000 {
-        let wish = Wish { config: &config, public_ip: US.parse().unwrap(), previous: Previous::None };
+        let wish = Wish { config: &config, node: US.parse().ok(), previous: Previous::None };
         let Ok(Choice::Take(subnets)) = choose(&wish, &Taken { leases: &taken, unreadable: &[] }, &mut rng)
         else {
             panic!("there is room");
@@ -254,7 +283,7 @@ proptest! {
             let net = Subnets::v4(Ipv4Net::new([10, 5, third, 0].into(), 24).unwrap());
             !leases.iter().any(|lease| lease.subnets.overlaps(&net))
         });
-        let wish = Wish { config: &config, public_ip: US.parse().unwrap(), previous: Previous::None };
+        let wish = Wish { config: &config, node: US.parse().ok(), previous: Previous::None };
         let taken = Taken { leases: &leases, unreadable: &[] };
         match choose(&wish, &taken, &mut StdRng::seed_from_u64(seed)) {
             Ok(Choice::Take(subnets)) => {

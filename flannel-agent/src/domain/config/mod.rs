@@ -108,9 +108,10 @@ pub enum ConfigError {
     #[error("EnableIPv4 and EnableIPv6 are both false: at least one of them must be true")]
     NoFamily,
     #[error(
-        "EnableIPv4 is false: a network of only IPv6 subnets can't be leased from etcd; set EnableIPv4 and Network"
+        "EnableIPv4 is false: backend {backend} carries IPv4 only; set EnableIPv4 and Network, or Backend.Type to \
+         \"host-gw\" or \"alloc\""
     )]
-    Ipv6Only,
+    NeedsIpv4 { backend: &'static str },
     #[error("Backend.Type {name} is a backend this version does not have yet; it has {}", BUILT.join(", "))]
     BackendNotBuilt { name: &'static str },
     #[error("Backend.Type is {name}, which is no backend{}; this version has {}", did_you_mean(*.nearest), BUILT.join(", "))]
@@ -181,12 +182,18 @@ impl NetworkConfig {
         Ok(Self { v4, v6, enable_nftables, backend, warnings })
     }
 
-    /// The IPv4 range, which leases in etcd can't do without (contract §14, T17).
+    /// Whether the network has a family that its backend carries. A datagram of udp is a bare IPv4 packet, where flanneld
+    /// crashes without IPv4 (contract §14, T17).
     ///
     /// # Errors
-    /// [`ConfigError::Ipv6Only`] when `EnableIPv4` is false.
-    pub fn require_ipv4(&self) -> Result<&SubnetRange<Ipv4Net, Ipv4Addr>, ConfigError> {
-        self.v4.as_ref().ok_or(ConfigError::Ipv6Only)
+    /// [`ConfigError::NeedsIpv4`] for udp when `EnableIPv4` is false.
+    pub fn require_family_of_backend(&self) -> Result<(), ConfigError> {
+        match self.backend {
+            BackendConfig::Udp { .. } if self.v4.is_none() => {
+                Err(ConfigError::NeedsIpv4 { backend: self.backend.name() })
+            }
+            _ => Ok(()),
+        }
     }
 }
 

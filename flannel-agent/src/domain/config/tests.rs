@@ -214,12 +214,18 @@ fn an_ipv6_network_follows_the_same_rules_in_its_own_numbers() {
 }
 
 #[test]
-fn a_network_without_ipv4_is_refused_where_ipv4_is_required() {
+fn a_network_without_ipv4_is_refused_where_the_backend_carries_nothing_else() {
     let config = parsed(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48"}"#);
     assert_eq!(config.v4, None);
-    assert_eq!(config.require_ipv4(), Err(ConfigError::Ipv6Only));
+    assert_eq!(config.require_family_of_backend(), Err(ConfigError::NeedsIpv4 { backend: "udp" }));
+    for backend in ["host-gw", "alloc"] {
+        let text = format!(
+            r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{{"Type":"{backend}"}}}}"#
+        );
+        assert_eq!(parsed(&text).require_family_of_backend(), Ok(()));
+    }
     let both = parsed(r#"{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}"#);
-    assert_eq!(both.require_ipv4().map(|range| range.subnet_len), Ok(24));
+    assert_eq!((both.require_family_of_backend(), both.v4.map(|range| range.subnet_len)), (Ok(()), Some(24)));
     assert_eq!(
         NetworkConfig::parse(r#"{"EnableIPv4":false,"Network":"10.3.0.0/16"}"#),
         Err(ConfigError::NoFamily)
@@ -443,10 +449,7 @@ fn recorded_configurations_get_the_originals_verdict() {
         let ours = NetworkConfig::parse(text);
         match (&ours, network) {
             (Ok(config), Some(network)) => {
-                assert_eq!(
-                    config.require_ipv4().map(|range| range.network.to_string()),
-                    Ok(network.to_owned())
-                );
+                assert_eq!(config.v4.map(|range| range.network.to_string()), Some(network.to_owned()));
             }
             (Err(ConfigError::BackendNotBuilt { .. }), _) => {}
             (Err(_), None) => {}

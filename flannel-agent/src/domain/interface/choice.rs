@@ -74,10 +74,13 @@ impl<'a> Choice<'a> {
     }
 
     fn by_default_route(&self) -> Result<Found<'a>, String> {
-        let index = self
-            .facts
-            .default_route_v4
-            .ok_or("there is no IPv4 default route to choose an interface by; name one with --iface")?;
+        let (route, family) = match self.families {
+            Families::V4 | Families::Dual => (self.facts.default_route_v4, "IPv4"),
+            Families::V6 => (self.facts.default_route_v6, "IPv6"),
+        };
+        let index = route.ok_or_else(|| {
+            format!("there is no {family} default route to choose an interface by; name one with --iface")
+        })?;
         let interface = self.by_index(index)?;
         if self.families == Families::Dual {
             match self.facts.default_route_v6 {
@@ -152,15 +155,11 @@ impl<'a> Choice<'a> {
     /// Addresses before names: the first interface with a matching address of every family.
     fn by_pattern(&self, pattern: &Pattern) -> Result<Found<'a>, String> {
         let by_address = self.facts.interfaces.iter().find_map(|interface| {
-            let v4 =
-                usable_v4(interface).into_iter().find(|address| pattern.matches(&address.to_string()))?;
-            let v6 = match self.families {
-                Families::V4 => None,
-                Families::Dual => Some(
-                    usable_v6(interface).into_iter().find(|address| pattern.matches(&address.to_string()))?,
-                ),
-            };
-            Some(Found { interface, v4: Some(v4), v6 })
+            let v4 = usable_v4(interface).into_iter().find(|address| pattern.matches(&address.to_string()));
+            let v6 = usable_v6(interface).into_iter().find(|address| pattern.matches(&address.to_string()));
+            let v4 = if self.families.has_v4() { Some(v4?) } else { None };
+            let v6 = if self.families.has_v6() { Some(v6?) } else { None };
+            Some(Found { interface, v4, v6 })
         });
         by_address
             .or_else(|| {
@@ -202,22 +201,25 @@ impl<'a> Found<'a> {
         if interface.mtu == 0 {
             return Err(format!("{} has an MTU of 0", interface.name));
         }
-        let address = v4
-            .or_else(|| usable_v4(interface).into_iter().next())
-            .ok_or_else(|| format!("{} has no usable IPv4 address", interface.name))?;
-        let address_v6 = match families {
-            Families::V4 => None,
-            Families::Dual => Some(
-                v6.or_else(|| usable_v6(interface).into_iter().next())
-                    .ok_or_else(|| format!("{} has no usable IPv6 address", interface.name))?,
-            ),
+        let lacking = |family: &str| format!("{} has no usable {family} address", interface.name);
+        let address = if families.has_v4() {
+            let usable = v4.or_else(|| usable_v4(interface).into_iter().next());
+            Some(usable.ok_or_else(|| lacking("IPv4"))?)
+        } else {
+            None
+        };
+        let address_v6 = if families.has_v6() {
+            let usable = v6.or_else(|| usable_v6(interface).into_iter().next());
+            Some(usable.ok_or_else(|| lacking("IPv6"))?)
+        } else {
+            None
         };
         Ok(ExternalInterface {
             name: interface.name.clone(),
             index: interface.index,
             mtu: interface.mtu,
             address,
-            public_ip: public.v4.unwrap_or(address),
+            public_ip: address.map(|address| public.v4.unwrap_or(address)),
             address_v6,
             public_ipv6: address_v6.map(|address| public.v6.unwrap_or(address)),
         })

@@ -40,8 +40,8 @@ pub fn follow(current: &ExternalInterface, selection: &Selection, facts: &HostFa
     if interface.mtu == 0 {
         return Followed::Away(format!("interface {} has an MTU of 0", current.name));
     }
-    let kept_v6 = current.address_v6.is_none_or(|address| holds(interface, address.into()));
-    if holds(interface, current.address.into()) && kept_v6 {
+    let lost = current.addresses().find(|address| !holds(interface, *address));
+    if lost.is_none() {
         return Followed::There(ExternalInterface {
             index: interface.index,
             mtu: interface.mtu,
@@ -51,10 +51,8 @@ pub fn follow(current: &ExternalInterface, selection: &Selection, facts: &HostFa
     match renumbered(current, selection, facts) {
         Some(found) => Followed::There(found),
         None => {
-            let lost = match current.address_v6 {
-                Some(v6) if !kept_v6 => IpAddr::V6(v6),
-                _ => current.address.into(),
-            };
+            let lost: Vec<String> = lost.iter().map(ToString::to_string).collect();
+            let lost = lost.join(" and ");
             Followed::Away(format!("{} has lost its address {lost} and has no other to take", current.name))
         }
     }

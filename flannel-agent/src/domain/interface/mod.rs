@@ -50,10 +50,10 @@ pub struct ExternalInterface {
     pub name: String,
     pub index: u32,
     pub mtu: u32,
-    /// Address on the interface: sockets bind to it.
-    pub address: Ipv4Addr,
+    /// Address on the interface: sockets bind to it. `None` where the network is of only IPv6.
+    pub address: Option<Ipv4Addr>,
     /// Published in the lease; differs from `address` behind NAT.
-    pub public_ip: Ipv4Addr,
+    pub public_ip: Option<Ipv4Addr>,
     pub address_v6: Option<Ipv6Addr>,
     pub public_ipv6: Option<Ipv6Addr>,
 }
@@ -82,10 +82,11 @@ pub struct PublicAddresses {
     pub v6: Option<Ipv6Addr>,
 }
 
-/// The families the overlay carries. IPv6 alone is refused by the configuration's own check.
+/// The families the overlay carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Families {
     V4,
+    V6,
     Dual,
 }
 
@@ -173,20 +174,45 @@ impl PartialEq for Pattern {
 
 impl From<&NetworkConfig> for Families {
     fn from(config: &NetworkConfig) -> Self {
-        if config.v6.is_some() { Self::Dual } else { Self::V4 }
+        match (&config.v4, &config.v6) {
+            (_, None) => Self::V4,
+            (None, Some(_)) => Self::V6,
+            (Some(_), Some(_)) => Self::Dual,
+        }
     }
 }
 
 impl fmt::Display for ExternalInterface {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (index {}, mtu {}), address {}", self.name, self.index, self.mtu, self.address)?;
-        if let Some(address) = self.address_v6 {
-            write!(f, " and {address}")?;
-        }
-        write!(f, ", public address {}", self.public_ip)?;
-        if let Some(address) = self.public_ipv6 {
-            write!(f, " and {address}")?;
-        }
-        Ok(())
+        let both = |v4: Option<Ipv4Addr>, v6: Option<Ipv6Addr>| {
+            let texts: Vec<String> =
+                v4.iter().map(ToString::to_string).chain(v6.iter().map(ToString::to_string)).collect();
+            texts.join(" and ")
+        };
+        let Self { name, index, mtu, .. } = self;
+        let (address, public) = (both(self.address, self.address_v6), both(self.public_ip, self.public_ipv6));
+        write!(f, "{name} (index {index}, mtu {mtu}), address {address}, public address {public}")
+    }
+}
+
+impl Families {
+    pub fn has_v4(self) -> bool {
+        self != Self::V6
+    }
+
+    pub fn has_v6(self) -> bool {
+        self != Self::V4
+    }
+}
+
+impl ExternalInterface {
+    /// Its addresses on the interface, IPv4 first.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.address.map(IpAddr::from).into_iter().chain(self.address_v6.map(IpAddr::from))
+    }
+
+    /// What is published of it, IPv4 first.
+    pub fn public_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.public_ip.map(IpAddr::from).into_iter().chain(self.public_ipv6.map(IpAddr::from))
     }
 }

@@ -74,8 +74,8 @@ fn chosen(facts: &HostFacts, line: &str, families: Families) -> String {
     let (selectors, public) = flags(line);
     match choose(&selectors, facts, public, families) {
         Ok(found) => {
-            let mut text = format!("{} {} {}", found.name, found.address, found.public_ip);
-            if let (Some(address), Some(public)) = (found.address_v6, found.public_ipv6) {
+            let mut text = found.name.clone();
+            for (address, public) in found.addresses().zip(found.public_addresses()) {
                 text.push_str(&format!(" {address} {public}"));
             }
             text
@@ -175,6 +175,31 @@ fn two_families_need_addresses_of_both_on_one_interface() {
     );
     let half = HostFacts { default_route_v6: None, ..host() };
     assert!(chosen(&half, "", Families::Dual).starts_with("there is no IPv6 default route"));
+}
+
+#[test]
+fn a_network_of_only_ipv6_asks_for_no_ipv4() {
+    let mut facts = host();
+    facts.interfaces.push(interface(6, "six0", &["fe80::6", "fd00:66::6"]));
+    for (line, wanted) in [
+        ("", "eth0 2001:db8::2 2001:db8::2"),
+        ("--iface=six0", "six0 fd00:66::6 fd00:66::6"),
+        ("--iface=fe80::6", "six0 fe80::6 fe80::6"),
+        // An IPv4 address selects the interface even when the overlay has no IPv4.
+        ("--iface=10.99.0.11", "eth1 fd00:99::11 fd00:99::11"),
+        ("--public-ipv6=fd00:66::6", "six0 fd00:66::6 fd00:66::6"),
+        ("--iface=six0 --public-ipv6=2001:db8::99", "six0 fd00:66::6 2001:db8::99"),
+        ("--iface-regex=^fd00:99", "eth1 fd00:99::11 fd00:99::11"),
+        ("--iface-can-reach=fd00:99::1", "eth1 fd00:99::11 fd00:99::11"),
+        ("--iface=docker0", "--iface=docker0: docker0 has no usable IPv6 address"),
+    ] {
+        assert_eq!(chosen(&facts, line, Families::V6), wanted, "{line}");
+    }
+    let no_route = HostFacts { default_route_v6: None, ..host() };
+    assert_eq!(
+        chosen(&no_route, "", Families::V6),
+        "there is no IPv6 default route to choose an interface by; name one with --iface"
+    );
 }
 
 #[test]
@@ -281,8 +306,8 @@ proptest! {
         for selectors in [vec![], vec![Selector::Name("eth0".to_owned())]] {
             if let Ok(found) = choose(&selectors, &facts, public, Families::V4) {
                 let held = facts.interfaces.iter().find(|one| one.index == found.index).unwrap();
-                prop_assert!(held.addresses.iter().any(|one| one.address == IpAddr::V4(found.address)));
-                prop_assert_eq!(found.public_ip, public.v4.unwrap_or(found.address));
+                prop_assert!(held.addresses.iter().any(|one| Some(one.address) == found.address.map(IpAddr::V4)));
+                prop_assert_eq!(found.public_ip, public.v4.or(found.address));
             }
         }
     }
@@ -362,7 +387,10 @@ fn a_chosen_interface_is_followed_and_never_left() {
     for (name, line, facts, expected) in rows {
         let (current, selection) = started_with(line);
         let said = match follow(&current, &selection, &facts) {
-            Followed::There(now) => format!("{} {} {} {}", now.name, now.index, now.mtu, now.address),
+            Followed::There(now) => {
+                let address = now.address.map_or_else(|| "none".to_owned(), |address| address.to_string());
+                format!("{} {} {} {address}", now.name, now.index, now.mtu)
+            }
             Followed::Away(reason) => reason,
         };
         assert_eq!(said, expected, "{name}");

@@ -6,7 +6,7 @@
 mod tests;
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -61,7 +61,8 @@ pub struct Lease {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reservation {
     pub subnets: Subnets,
-    pub public_ip: Ipv4Addr,
+    /// What the node is known by, [`LeaseAttrs::node`].
+    pub public_ip: IpAddr,
 }
 
 /// What a store reports while it is watched. A stream of them always begins with a `Snapshot`, or an
@@ -180,6 +181,21 @@ impl FromStr for Subnets {
 }
 
 impl LeaseAttrs {
+    /// What a node is known by: its public IPv4 address, or where the network is of only IPv6 its public IPv6 address.
+    /// `None` when it names no node.
+    pub fn node(&self) -> Option<IpAddr> {
+        let v4 = Some(self.public_ip).filter(|address| !address.is_unspecified()).map(IpAddr::from);
+        v4.or(self.public_ipv6.map(IpAddr::from))
+    }
+
+    /// What is published of a node that is known by this address and has nothing else to say.
+    pub fn of_node(node: IpAddr) -> Self {
+        match node {
+            IpAddr::V4(v4) => Self::new(v4),
+            IpAddr::V6(v6) => Self { public_ipv6: Some(v6), ..Self::new(Ipv4Addr::UNSPECIFIED) },
+        }
+    }
+
     /// Whether both name the same node addresses.
     pub fn names_the_node_of(&self, other: &Self) -> bool {
         (self.public_ip, self.public_ipv6) == (other.public_ip, other.public_ipv6)

@@ -86,7 +86,9 @@ impl Annotations {
     /// # Errors
     /// An overwrite that is no address.
     pub(super) fn overwritten(&self, mut attrs: LeaseAttrs, present: &Present) -> Result<LeaseAttrs, String> {
-        if let Some(address) = self.address(present, PUBLIC_IP_OVERWRITE, "an IPv4 address")? {
+        if !attrs.public_ip.is_unspecified()
+            && let Some(address) = self.address(present, PUBLIC_IP_OVERWRITE, "an IPv4 address")?
+        {
             attrs.public_ip = address;
         }
         if attrs.public_ipv6.is_some()
@@ -127,7 +129,8 @@ impl Annotations {
         let writes_v6 = match backend {
             "vxlan" | "wireguard" => attrs.backend_v6_data.is_some(),
             "host-gw" | "extension" => true,
-            _ => false,
+            // In a network of only IPv6 it is all there is, where flanneld crashes (contract T17).
+            _ => attrs.public_ip.is_unspecified(),
         };
         if let Some(address) = attrs.public_ipv6.filter(|_| writes_v6) {
             all.push((BACKEND_V6_DATA, text(&attrs.backend_v6_data)));

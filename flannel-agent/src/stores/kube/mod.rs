@@ -146,7 +146,8 @@ impl LeaseStore for KubeStore {
     }
 
     async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        if let Some(family) = request.missing_address() {
+        if request.node().is_none() {
+            let family = if request.config.v4.is_some() { "IPv4" } else { "IPv6" };
             return Err(self.connection.refused(format!(
                 "this node has no public {family} address, without which no other node could reach it"
             )));

@@ -13,7 +13,7 @@ use crate::domain::allocator::{Choice, Taken, choose};
 use crate::domain::config::NetworkConfig;
 use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets};
 use crate::stores::{
-    CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, check_reservation, decode,
+    CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, check_reservation, decode, in_words,
 };
 
 /// How often a lost race is run again (contract §3.5).
@@ -151,11 +151,11 @@ impl RegistryStore {
         let Some(entry) = present else {
             return Err(lost("it was deleted or has expired".into()));
         };
-        let ours = [known.attrs.public_ip, attrs.public_ip];
+        let ours = [known.attrs.node(), attrs.node()];
         let mut attrs = attrs.clone();
         let ttl = match decode(&key, &known.subnets.to_string(), &entry.value) {
-            Ok((_, present)) if !ours.contains(&present.public_ip) => {
-                return Err(lost(format!("it belongs to {} now", present.public_ip)));
+            Ok((_, present)) if !ours.contains(&present.node()) => {
+                return Err(lost(format!("it belongs to {} now", in_words(present.node()))));
             }
             // Another daemon with our public address, or an operator, may have written it: still ours.
             Ok((_, present)) => {
@@ -194,16 +194,16 @@ impl RegistryStore {
                     reservation.subnets
                 )));
             }
-            let value = LeaseAttrs::new(reservation.public_ip).to_json();
+            let value = LeaseAttrs::of_node(reservation.public_ip).to_json();
             return Ok(self.registry.create(&key, value, None).await.map_err(failed)?.is_some());
         };
         let attrs = match decode(&key, &reservation.subnets.to_string(), &entry.value) {
-            Ok((_, attrs)) if attrs.public_ip != reservation.public_ip => {
-                return Err(StoreError::taken(reservation.subnets, attrs.public_ip));
+            Ok((_, attrs)) if attrs.node() != Some(reservation.public_ip) => {
+                return Err(StoreError::taken(reservation.subnets, &attrs));
             }
             Ok((_, attrs)) => attrs,
             // Nobody's claim.
-            Err(_) => LeaseAttrs::new(reservation.public_ip),
+            Err(_) => LeaseAttrs::of_node(reservation.public_ip),
         };
         if entry.lifetime == Lifetime::Forever {
             return Ok(true);
@@ -269,7 +269,7 @@ impl LeaseStore for RegistryStore {
         let decoded = endless.filter_map(|entry| {
             let last = entry.key.strip_prefix(&self.folder).unwrap_or_default();
             let (subnets, attrs) = decode(&entry.key, last, &entry.value).ok()?;
-            Some(Reservation { subnets, public_ip: attrs.public_ip })
+            Some(Reservation { subnets, public_ip: attrs.node().unwrap_or(attrs.public_ip.into()) })
         });
         Ok(decoded.collect())
     }

@@ -273,8 +273,8 @@ impl LeaseStore for RemoteStore {
     async fn rewrite(&self, known: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
         let renewed = Lease { attrs: attrs.clone(), ..known.clone() };
         let mut path = self.path(&format!("leases/{}", known.subnets));
-        if known.attrs.public_ip != attrs.public_ip {
-            path = format!("{path}?from={}", known.attrs.public_ip);
+        if let Some(node) = known.attrs.node().filter(|node| attrs.node() != Some(*node)) {
+            path = format!("{path}?from={node}");
         }
         let body = serde_json::to_string(&WireLease::new(&renewed, Clocks::now())).map_err(|error| {
             StoreError::Conflict(format!("lease {} can't be said in JSON: {error}", known.subnets))

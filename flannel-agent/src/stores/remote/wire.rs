@@ -45,7 +45,7 @@ pub struct WireReservation {
     #[serde(rename = "IPv6Subnet", default, skip_serializing_if = "Option::is_none")]
     ipv6_subnet: Option<Ipv6Net>,
     #[serde(rename = "PublicIP")]
-    public_ip: std::net::Ipv4Addr,
+    public_ip: std::net::IpAddr,
 }
 
 /// What is told of leases: everything, or what changed, never both.

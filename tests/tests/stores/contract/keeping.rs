@@ -7,7 +7,7 @@ use flannel_agent::domain::lease::{LeaseAttrs, LeaseEvent};
 use flannel_agent::stores::{LEASE_TTL, StoreError};
 
 use super::ALL;
-use crate::ground::{Ground, first, network, next, next_unreadable, request, subnets};
+use crate::ground::{Ground, first, network, next, next_unreadable, only_ipv6, request, subnets};
 
 pub(crate) async fn fields_of_others_survive_a_reuse_and_a_renewal(ground: Ground) -> Result<()> {
     let key = "10.5.7.0-24";
@@ -108,6 +108,18 @@ pub(crate) async fn a_lease_that_was_taken_over_is_not_overwritten(ground: Groun
     ensure!(matches!(&error, StoreError::LeaseLost { subnets, .. } if *subnets == lease.subnets), "{error}");
     assert_eq!(error.to_string(), "lease 10.5.1.0-24 is lost: it belongs to 192.0.2.66 now");
     assert_eq!(ground.value("10.5.1.0-24").await?, other);
+    Ok(())
+}
+
+pub(crate) async fn a_lease_of_only_ipv6_that_was_taken_over_is_lost(ground: Ground) -> Result<()> {
+    let node = ground.node();
+    let lease = node.acquire(&request(&only_ipv6(), "2001:db8::1")).await?;
+    let other = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::66"}"#;
+    ground.put(&lease.subnets.to_string(), other, Some(LEASE_TTL)).await?;
+    let error = node.renew(&lease).await.unwrap_err();
+    let wanted = format!("lease {} is lost: it belongs to 2001:db8::66 now", lease.subnets);
+    assert_eq!(error.to_string(), wanted);
+    assert_eq!(ground.value(lease.subnets).await?, other);
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use flannel_agent::domain::lease::{LeaseEvent, Reservation};
 use flannel_agent::stores::{LEASE_TTL, StoreError};
 
 use super::ALL;
-use crate::ground::{Ground, first, network, next, request, subnets};
+use crate::ground::{Ground, first, network, next, only_ipv6, request, subnets};
 
 fn reservation(key: &str, ip: &str) -> Reservation {
     Reservation { subnets: subnets(key), public_ip: ip.parse().unwrap() }
@@ -31,13 +31,26 @@ pub(crate) async fn a_reserved_subnet_waits_for_its_node(ground: Ground) -> Resu
     Ok(())
 }
 
+pub(crate) async fn a_subnet_of_only_ipv6_is_reserved(ground: Ground) -> Result<()> {
+    ground.configure(&only_ipv6().to_string()).await?;
+    let operator = ground.node();
+    let wanted = reservation("0.0.0.0-0&fd00:0:0:2::-64", "2001:db8::1");
+    operator.reserve(&wanted).await?;
+    assert_eq!(operator.reservations().await?, [wanted]);
+    let lease = ground.node().acquire(&request(&only_ipv6(), "2001:db8::1")).await?;
+    assert_eq!((lease.subnets, lease.expires), (wanted.subnets, None));
+    let error = operator.reserve(&reservation("0.0.0.0-0&fd00:0:0:1::-64", "192.0.2.1")).await.unwrap_err();
+    ensure!(error.to_string().contains("nodes of this network are known by their IPv6 address"), "{error}");
+    Ok(())
+}
+
 pub(crate) async fn a_lease_becomes_a_reservation_and_a_lease_again(ground: Ground) -> Result<()> {
     ground.configure(CONFIG).await?;
     let node = ground.node();
     let mut request = request(&network(ALL), "192.0.2.1");
     request.attrs.backend_type = "host-gw".into();
     let lease = node.acquire(&request).await?;
-    let wanted = Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip };
+    let wanted = Reservation { subnets: lease.subnets, public_ip: lease.attrs.public_ip.into() };
     node.reserve(&wanted).await?;
     assert_eq!(node.renew(&lease).await?.expires, None);
     let value = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"host-gw"}"#;

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use flannel_agent::domain::config::{NetworkConfig, SubnetRange};
+use flannel_agent::domain::lease::LeaseAttrs;
 use flannel_agent::stores::{LEASE_TTL, LeaseRequest, StoreError};
 use serde_json::Value;
 
 use super::ALL;
-use crate::ground::{Ground, network, request, subnets};
+use crate::ground::{Ground, network, only_ipv6, request, subnets};
 
 pub(crate) async fn a_missing_configuration_is_named(ground: Ground) -> Result<()> {
     let error = ground.node().network_config().await.unwrap_err();
@@ -184,6 +185,29 @@ pub(crate) async fn both_families_are_leased_under_one_key(ground: Ground) -> Re
     request.attrs.public_ip = "192.0.2.2".parse()?;
     let error = ground.node().acquire(&request).await.unwrap_err();
     ensure!(matches!(error, StoreError::OutOfSubnets(_)), "{error}");
+    Ok(())
+}
+
+/// flanneld's key for it; flanneld itself leases such networks from Kubernetes only (contract T17).
+pub(crate) async fn a_network_of_only_ipv6_is_leased(ground: Ground) -> Result<()> {
+    let config = only_ipv6();
+    let node = ground.node();
+    let first = node.acquire(&request(&config, "2001:db8::1")).await?;
+    let second = ground.node().acquire(&request(&config, "2001:db8::2")).await?;
+    let (one, two) = (subnets("0.0.0.0-0&fd00:0:0:1::-64"), subnets("0.0.0.0-0&fd00:0:0:2::-64"));
+    assert_eq!(BTreeSet::from([first.subnets, second.subnets]), BTreeSet::from([one, two]));
+    let value = |ip: &str| format!(r#"{{"PublicIP":"0.0.0.0","PublicIPv6":"{ip}"}}"#);
+    assert_eq!(ground.value(first.subnets).await?, value("2001:db8::1"));
+    assert_eq!(ground.snapshot().await?.len(), 2);
+    // It comes back, and moves.
+    assert_eq!(ground.node().acquire(&request(&config, "2001:db8::1")).await?.subnets, first.subnets);
+    let moved = node.rewrite(&first, &LeaseAttrs::of_node("2001:db8::9".parse()?)).await?;
+    assert_eq!(ground.value(moved.subnets).await?, value("2001:db8::9"));
+    node.renew(&moved).await?;
+    assert_eq!(ground.value(second.subnets).await?, value("2001:db8::2"));
+    ground.delete(&moved.subnets.to_string()).await?;
+    let error = node.renew(&moved).await.unwrap_err();
+    assert_eq!(error.to_string(), format!("lease {} is lost: {}", moved.subnets, ground.words_for_deleted()));
     Ok(())
 }
 

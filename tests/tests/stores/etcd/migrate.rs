@@ -268,7 +268,7 @@ pub(crate) async fn nodes_in_both_keyspaces_live_side_by_side() -> Result<()> {
         .await?;
 
     // Reservations, made and ended.
-    let reservation = Reservation { subnets: second.subnets, public_ip: second.attrs.public_ip };
+    let reservation = Reservation { subnets: second.subnets, public_ip: second.attrs.public_ip.into() };
     new.reserve(&reservation).await?;
     both(&etcd, &key(&second), "a reservation", |_, left| left.is_none()).await?;
     old.unreserve(second.subnets).await?;

@@ -4,7 +4,7 @@
 //! each other. The test plays the kubelet and the controller manager: a node that asks for a lease has a Node by then, and
 //! the Node the lowest free pod CIDR. Agents come with a token of flannel's own role.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -186,14 +186,14 @@ impl Nodes {
     }
 
     /// The Node that publishes this address, else a new one: the part of the kubelet and of the controller manager.
-    fn node_of(&self, ip: Ipv4Addr, config: &NetworkConfig) -> Result<String> {
+    fn node_of(&self, ip: IpAddr, config: &NetworkConfig) -> Result<String> {
         let _alone = self.inner.assigning.lock().unwrap_or_else(PoisonError::into_inner);
         let text = ip.to_string();
         let all = self.all()?;
-        let new = self.node_name(&text.replace('.', "-"));
-        let public_ip = self.annotation("public-ip");
+        let new = self.node_name(&text.replace(['.', ':'], "-"));
+        let published = self.annotation(if ip.is_ipv4() { "public-ip" } else { "public-ipv6" });
         let known = all.iter().find(|node| {
-            node["metadata"]["annotations"][&public_ip] == text.as_str() || name_of(node) == new
+            node["metadata"]["annotations"][&published] == text.as_str() || name_of(node) == new
         });
         let name = match known {
             Some(node) => name_of(node).to_owned(),
@@ -350,7 +350,8 @@ impl LeaseStore for Agent {
     async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
         self.nodes.configure(&request.config.to_string()).expect("the file can be written");
         if self.own.get().is_none() {
-            let name = self.nodes.node_of(request.attrs.public_ip, &request.config).expect("a Node");
+            let ip = request.attrs.node().unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+            let name = self.nodes.node_of(ip, &request.config).expect("a Node");
             let store =
                 self.nodes.open_with(&name, self.api_url.clone()).await.expect("the options are good");
             let _ = self.own.set(Arc::new(store));

@@ -478,11 +478,22 @@ pub(crate) fn network(last: &str) -> NetworkConfig {
     }
 }
 
+/// `fd00::/48` alone, two subnets of 64 bits.
+pub(crate) fn only_ipv6() -> NetworkConfig {
+    let v6 = SubnetRange {
+        network: "fd00::/48".parse().unwrap(),
+        subnet_len: 64,
+        subnet_min: "fd00:0:0:1::".parse().unwrap(),
+        subnet_max: "fd00:0:0:2::".parse().unwrap(),
+    };
+    NetworkConfig { v4: None, v6: Some(v6), ..network("10.5.1.0") }
+}
+
 /// A node with this public address and nothing to say beyond it.
 pub(crate) fn request(config: &NetworkConfig, ip: &str) -> LeaseRequest {
     LeaseRequest {
         config: config.clone(),
-        attrs: LeaseAttrs::new(ip.parse().unwrap()),
+        attrs: LeaseAttrs::of_node(ip.parse().unwrap()),
         previous: None,
         previous_only: false,
     }

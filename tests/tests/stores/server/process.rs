@@ -104,7 +104,7 @@ pub(crate) async fn nothing_acknowledged_is_lost_in_twenty_kills() -> Result<()>
                     let Ok(lease) = node.acquire(&asking(&ip.to_string())).await else { return Ok(done) };
                     done.push((lease.subnets, ip, false));
                     if writer == 0 {
-                        let wanted = Reservation { subnets: lease.subnets, public_ip: ip };
+                        let wanted = Reservation { subnets: lease.subnets, public_ip: ip.into() };
                         if node.reserve(&wanted).await.is_err() {
                             return Ok(done);
                         }

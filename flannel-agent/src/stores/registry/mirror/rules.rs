@@ -4,7 +4,7 @@
 //! Whoever changed since then is right. Revisions tell who did, so what the mirror wrote itself is no news to it and
 //! nothing goes round in circles.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::domain::lease::LeaseAttrs;
@@ -128,9 +128,8 @@ pub(super) fn same_owner(one: &str, other: &str) -> bool {
 }
 
 /// The node of a lease. A configuration is JSON too, and has none.
-pub(super) fn owner(value: &str) -> Option<Ipv4Addr> {
-    let attrs = LeaseAttrs::from_json(value).ok()?;
-    (!attrs.public_ip.is_unspecified()).then_some(attrs.public_ip)
+pub(super) fn owner(value: &str) -> Option<IpAddr> {
+    LeaseAttrs::from_json(value).ok()?.node()
 }
 
 #[cfg(test)]
