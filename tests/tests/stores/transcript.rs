@@ -133,7 +133,8 @@ impl Answer {
     }
 }
 
-async fn read_answer(stream: &mut TcpStream) -> Result<Answer> {
+/// The next message on a connection, head and body; `None` when the other side hangs up.
+async fn read_message(stream: &mut TcpStream) -> Result<Option<String>> {
     let mut bytes = Vec::new();
     loop {
         let text = String::from_utf8_lossy(&bytes);
@@ -142,15 +143,22 @@ async fn read_answer(stream: &mut TcpStream) -> Result<Answer> {
                 .lines()
                 .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
             if body.len() >= length.unwrap_or(0) {
-                return Answer::parse(&text);
+                return Ok(Some(text.into_owned()));
             }
         }
         let mut chunk = [0; 4096];
         match stream.read(&mut chunk).await? {
-            0 => bail!("the server hung up after {text:?}"),
+            0 => {
+                ensure!(bytes.is_empty(), "hung up after {text:?}");
+                return Ok(None);
+            }
             count => bytes.extend_from_slice(&chunk[..count]),
         }
     }
+}
+
+async fn read_answer(stream: &mut TcpStream) -> Result<Answer> {
+    Answer::parse(&read_message(stream).await?.context("the server hung up without an answer")?)
 }
 
 struct Stage {
@@ -347,22 +355,7 @@ pub(crate) async fn our_client_understands_flannelds_server() -> Result<()> {
 
 /// Method and path of the next request; `None` when the client hangs up.
 async fn read_request(stream: &mut TcpStream) -> Result<Option<String>> {
-    let mut bytes = Vec::new();
-    loop {
-        let text = String::from_utf8_lossy(&bytes);
-        if let Some((head, body)) = text.split_once("\r\n\r\n") {
-            let length = head
-                .lines()
-                .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
-            if body.len() >= length.unwrap_or(0) {
-                let line = head.lines().next().context("a request line")?;
-                return Ok(Some(line.trim_end_matches(" HTTP/1.1").to_owned()));
-            }
-        }
-        let mut chunk = [0; 4096];
-        match stream.read(&mut chunk).await? {
-            0 => return Ok(None),
-            count => bytes.extend_from_slice(&chunk[..count]),
-        }
-    }
+    let Some(request) = read_message(stream).await? else { return Ok(None) };
+    let line = request.lines().next().context("a request line")?;
+    Ok(Some(line.trim_end_matches(" HTTP/1.1").to_owned()))
 }
