@@ -1,8 +1,8 @@
 //! The loop: leases come in, the backend says what the host should look like, and the agent makes it so.
 //!
-//! One task owns all state. Every arm of the loop ends in the same step, [`Agent::reconcile`]: compare what is
-//! applied with what is wanted and make the difference. That a device was deleted, a route flushed, a peer came or
-//! the predecessor crashed are all the same to it.
+//! One task owns all state. Every arm of the loop that may have changed something ends in the same step,
+//! [`Agent::reconcile`]: compare what is applied with what is wanted and make the difference. That a device was deleted,
+//! a route flushed, a peer came or the predecessor crashed are all the same to it.
 //!
 //! What succeeded is recorded, not what was asked; what failed is tried again with back-off and never holds up the
 //! rest. Nothing is removed before the store's first snapshot: an empty list of peers means nothing until then.
@@ -181,11 +181,16 @@ impl<H: Host> Agent<H> {
         let mut next_look = after(jittered(LOOK_AGAIN));
         let mut heartbeat = tokio::time::interval(Duration::from_secs(1));
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Building and comparing the states of thousands of peers takes milliseconds: not for a heartbeat or a question.
+        let mut may_differ = true;
         loop {
             while let Some(Some(event)) = events.next().now_or_never() {
                 self.fold(event);
+                may_differ = true;
             }
-            self.reconcile().await;
+            if std::mem::replace(&mut may_differ, true) {
+                self.reconcile().await;
+            }
             self.health.turn(now());
             tokio::select! {
                 () = orders.stop.cancelled() => return End::Stopped,
@@ -196,7 +201,7 @@ impl<H: Host> Agent<H> {
                         tracing::debug!("something of ours may have been touched, looking");
                         self.look().await;
                     }
-                    News::Heard(heard) => self.hear_of_paths(&heard).await,
+                    News::Heard(heard) => may_differ = self.hear_of_paths(&heard).await,
                 },
                 () = sleep_until(next_look) => {
                     self.look().await;
@@ -215,8 +220,9 @@ impl<H: Host> Agent<H> {
                 question = questions.recv() => if let Some(question) = question {
                     // An asker that went away is not our trouble.
                     let _ = question.send(Answer::Running(Box::new(self.status())));
+                    may_differ = false;
                 },
-                _ = heartbeat.tick() => self.ask_about_paths().await,
+                _ = heartbeat.tick() => may_differ = self.ask_about_paths().await,
             }
         }
     }

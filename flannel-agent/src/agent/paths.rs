@@ -32,31 +32,34 @@ impl<H: Host> Agent<H> {
         self.paths.set_peers(peers);
     }
 
-    /// Once a second.
-    pub(super) async fn ask_about_paths(&mut self) {
+    /// Once a second. Whether a path is another than it was.
+    pub(super) async fn ask_about_paths(&mut self) -> bool {
         let watched = self.paths.to_watch(WATCHED);
         if watched.is_empty() {
-            return;
+            return false;
         }
         let sent = self.host.sent(&watched).await;
         for (subnet, packets) in watched.into_iter().zip(sent) {
             self.paths.watched(subnet, packets);
         }
-        self.probe().await;
+        self.probe().await
     }
 
-    pub(super) async fn hear_of_paths(&mut self, heard: &[Heard]) {
+    /// Whether a path is another than it was.
+    pub(super) async fn hear_of_paths(&mut self, heard: &[Heard]) -> bool {
+        let mut any = false;
         for heard in heard {
             if let Some(learned) = self.paths.hear(*heard, now()) {
                 tracing::info!("{learned}");
+                any = true;
             }
         }
-        self.probe().await;
+        self.probe().await || any
     }
 
-    async fn probe(&mut self) {
+    async fn probe(&mut self) -> bool {
         let (probes, learned) = self.paths.due(now(), &mut crate::chance::rng());
-        for learned in learned {
+        for learned in &learned {
             tracing::info!("{learned}");
         }
         if !probes.is_empty()
@@ -65,6 +68,7 @@ impl<H: Host> Agent<H> {
             // As good as no answer: it is tried again, ever more seldom.
             tracing::debug!("{error}");
         }
+        !learned.is_empty()
     }
 
     /// The tunnels' reports, with what is known of the paths.

@@ -5,6 +5,8 @@ use std::fmt;
 
 use super::{
     figures::Metric,
+    rest::Rest,
+    stores::{LEASES, Stores},
     traffic::{Measured, Mode},
     variants::{HOST_GW, PROXY, VXLAN},
 };
@@ -114,9 +116,40 @@ pub(super) fn judge(measured: &Measured) -> Vec<Broken> {
     broken
 }
 
+/// Most that stores and agents may take with a thousand leases: ms from start to ready, ms until a change is at every
+/// agent (both medians), and percent of a core for an agent at rest, its store there or gone.
+const MOST_START: f64 = 100.0;
+const MOST_CHANGE: f64 = 50.0;
+const MOST_REST: f64 = 0.5;
+
+/// What of it takes too long or too much.
+pub(super) fn judge_stores(stores: &[Stores], rest: &[Rest]) -> Vec<Broken> {
+    let timed = stores.iter().flat_map(|row| {
+        [
+            (format!("{}, {LEASES} leases: start to ready, ms", row.store), row.start.median, MOST_START),
+            (
+                format!("{}, {LEASES} leases: a change at every agent, ms", row.store),
+                row.change.median,
+                MOST_CHANGE,
+            ),
+        ]
+    });
+    let resting = rest.iter().filter(|row| row.peers <= LEASES).flat_map(|row| {
+        let name = format!("{}, {}, {} peers", row.store, row.backend, row.peers);
+        [
+            (format!("{name}: at rest, % of a core"), row.with_store, MOST_REST),
+            (format!("{name}: store gone, % of a core"), row.alone, MOST_REST),
+        ]
+    });
+    let over = timed.chain(resting).filter(|(_, figure, most)| figure > most);
+    over.map(|(what, figure, most)| Broken { text: format!("{what}: {figure:.2}, at most {most} is right") })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::figures::Summary;
     use crate::bench::traffic::Row;
 
     fn row(name: &'static str, gbits: &[f64]) -> Row {
@@ -132,6 +165,22 @@ mod tests {
             texts,
             [
                 "wire, udp xdp, TCP, 1 stream, Gbit/s: 0.80 × host-gw (0.70–1.20 in 3 rounds), at least 0.85 is right"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_thousand_leases_that_take_too_much_are_named() {
+        let summary = |median| Summary { median, least: 1.0, most: 200.0 };
+        let stores = [Stores { store: "etcd", start: summary(99.0), change: summary(50.5) }];
+        let rest = |peers, alone| Rest { store: "etcd", backend: "udp", peers, with_store: 0.1, alone };
+        let broken = judge_stores(&stores, &[rest(1000, 0.4), rest(1000, 0.61), rest(10_000, 2.0)]);
+        let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "etcd, 1000 leases: a change at every agent, ms: 50.50, at most 50 is right",
+                "etcd, udp, 1000 peers: store gone, % of a core: 0.61, at most 0.5 is right",
             ]
         );
     }

@@ -14,6 +14,7 @@ mod peers;
 mod plot;
 mod programs;
 mod report;
+mod rest;
 mod start;
 mod stores;
 mod table;
@@ -80,7 +81,7 @@ enum Part {
     Peers,
     /// Nanoseconds in the eBPF programs
     Programs,
-    /// A thousand leases in etcd and in a server: start, one change, and the store gone
+    /// A thousand leases in etcd and in a server: start, one change, and an agent at rest with its store there and gone
     Stores,
 }
 
@@ -218,6 +219,9 @@ impl Bench {
             Part::Stores => {
                 report.stores = stores::measure(self)?;
                 println!("\n{}", table::stores(&report.stores));
+                report.rest = rest::measure(self)?;
+                println!("\n{}", table::rest(&report.rest));
+                report.broken.extend(floors::judge_stores(&report.stores, &report.rest));
             }
         }
         Ok(())

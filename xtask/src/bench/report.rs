@@ -12,6 +12,7 @@ use super::{
     floors::Broken,
     peers::Peers,
     programs::Programs,
+    rest::Rest,
     start::Started,
     stores::{self, Stores},
     traffic::{Measured, Mode, Row},
@@ -26,6 +27,7 @@ pub(super) struct Report {
     pub(super) peers: Vec<Peers>,
     pub(super) programs: Option<Programs>,
     pub(super) stores: Vec<Stores>,
+    pub(super) rest: Vec<Rest>,
     pub(super) broken: Vec<Broken>,
 }
 
@@ -70,7 +72,13 @@ impl Report {
                 "leases": stores::LEASES,
                 "start_to_ready_ms": summary(store.start),
                 "change_at_every_agent_ms": summary(store.change),
-                "store_gone_percent_of_a_core": store.alone,
+            })).collect::<Vec<_>>(),
+            "at_rest": self.rest.iter().map(|rest| json!({
+                "store": rest.store,
+                "backend": rest.backend,
+                "peers": rest.peers,
+                "percent_of_a_core": rest.with_store,
+                "store_gone_percent_of_a_core": rest.alone,
             })).collect::<Vec<_>>(),
             "programs_ns": self.programs.as_ref().map(programs),
             "below_the_floor": self.broken.iter().map(ToString::to_string).collect::<Vec<_>>(),

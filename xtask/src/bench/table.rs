@@ -6,6 +6,7 @@ use super::{
     figures::{Metric, Summary},
     peers::Peers,
     programs::Programs,
+    rest::Rest,
     start::Started,
     stores::Stores,
     traffic::{Measured, Row},
@@ -67,13 +68,22 @@ pub(super) fn start(started: &Started) -> Table {
 
 /// A thousand leases.
 pub(super) fn stores(rows: &[Stores]) -> Table {
-    let mut table =
-        new(&["store", "start to ready, ms", "a change at every agent, ms", "store gone, % of a core"]);
+    let mut table = new(&["store", "start to ready, ms", "a change at every agent, ms"]);
+    for row in rows {
+        table.add_row([row.store.to_owned(), range(row.start), range(row.change)]);
+    }
+    table
+}
+
+/// Agents to whom nothing happens.
+pub(super) fn rest(rows: &[Rest]) -> Table {
+    let mut table = new(&["store", "backend", "peers", "at rest, % of a core", "store gone, % of a core"]);
     for row in rows {
         table.add_row([
             row.store.to_owned(),
-            range(row.start),
-            range(row.change),
+            row.backend.to_owned(),
+            row.peers.to_string(),
+            format!("{:.2}", row.with_store),
             format!("{:.2}", row.alone),
         ]);
     }
