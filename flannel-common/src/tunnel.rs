@@ -23,7 +23,8 @@ pub struct Settings {
     pub underlay: u32,
     /// Interface index of the tunnel device (`flannel0`).
     pub device: u32,
-    /// Interface index of the GRO pair's sending end (`flannel0p`), 0 without a pair.
+    /// Interface index of the GRO pair's sending end (`flannel0p`), of the door to the receiver's room (`flannel0d`) with
+    /// [`DRESSED`]; 0 without either.
     pub gro_pair: u32,
     /// UDP port of every node.
     pub port: u16,
@@ -60,6 +61,9 @@ pub const XDP_PROBE: u16 = 1 << 4;
 
 /// This kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the precise clock is read, which takes longer.
 pub const COARSE_CLOCK: u16 = 1 << 5;
+
+/// TCP leaves by `gro_pair` dressed as vxlan ([`dress`](crate::header::dress)) for the kernel's own receiver.
+pub const DRESSED: u16 = 1 << 6;
 
 /// Metadata XDP puts in front of a decapsulated packet for tc ingress ("this came through the tunnel").
 pub const XDP_MARK: u32 = 0xF1A7_8285;

@@ -8,12 +8,14 @@ use aya_ebpf::bindings::{
 use flannel_common::{
     OVERHEAD,
     counter::Counter,
-    header::{Delivery, ETHERNET, Ethernet, Ipv4, PROTOCOL_TCP, Received, Tunnelled, Verdict, decapsulate},
-    tunnel::{Settings, XDP_MARK, XDP_PROBE, XDP_PROBE_MARK},
+    header::{
+        Delivery, ETHERNET, Ethernet, Ipv4, PROTOCOL_TCP, Received, Tunnelled, Verdict, decapsulate, dress,
+    },
+    tunnel::{DRESSED, Settings, XDP_MARK, XDP_PROBE, XDP_PROBE_MARK},
 };
 
 use crate::{
-    maps::{Traffic, count, count_dropped, count_received, peer, settings},
+    maps::{Traffic, count, count_dropped, count_received, is_there, peer, settings},
     packet::{Frame, Skb},
 };
 
@@ -57,6 +59,7 @@ fn decapsulate_here(mut skb: Skb, settings: &Settings) -> i32 {
     };
     let verdict = decapsulate(settings, packet, peer);
     let protocol = packet.inner.protocol;
+    let (length, port) = (packet.inner.total_length(), packet.outer.udp.source);
     let traffic = skb.traffic(skb.len().wrapping_sub(ETHERNET as u32 + OVERHEAD));
     let delivery = match verdict {
         Verdict::NotOurs => return NEXT,
@@ -74,6 +77,20 @@ fn decapsulate_here(mut skb: Skb, settings: &Settings) -> i32 {
         Some(packet) => delivery.rewrite.apply(&mut packet.inner),
         None => return NEXT,
     }
+    // The kernel's own receiver takes tunnel and marks off, where there is one for TCP; a missing one is done without.
+    if settings.flags & DRESSED != 0
+        && protocol == PROTOCOL_TCP
+        && is_there(settings.gro_pair)
+        && let Some(ethernet) = skb.read::<Ethernet>(0)
+        && let Some(dress) = dress(length, port, *ethernet)
+    {
+        if skb.put_on(&dress).is_err() {
+            count_dropped(Counter::DecapFailed, delivery.claimed, traffic);
+            return TC_ACT_SHOT;
+        }
+        count_delivery(Counter::DecapTc, &delivery, traffic);
+        return skb.send_through(settings.gro_pair);
+    }
     if skb.shrink().is_err() {
         count_dropped(Counter::DecapFailed, delivery.claimed, traffic);
         return TC_ACT_SHOT;
@@ -81,7 +98,7 @@ fn decapsulate_here(mut skb: Skb, settings: &Settings) -> i32 {
     count_delivery(Counter::DecapTc, &delivery, traffic);
     // All TCP the same way, or segments of one flow would overtake each other. Super-packets that crossed a veth
     // whole go that way too: the pair splits them and forgets the tunnel.
-    if settings.gro_pair != 0 && (protocol == PROTOCOL_TCP || skb.is_gso()) {
+    if settings.gro_pair != 0 && settings.flags & DRESSED == 0 && (protocol == PROTOCOL_TCP || skb.is_gso()) {
         skb.send_through(settings.gro_pair)
     } else {
         skb.receive_on(settings.device)
@@ -150,7 +167,8 @@ fn count_delivery(counter: Counter, delivery: &Delivery, traffic: Traffic) {
     count_received(delivery.peer, traffic);
 }
 
-/// tc ingress of `flannel0g`: what comes through the pair is ours, but for the IPv6 chatter of an interface that is up.
+/// tc ingress of `flannel0g` or `flannel0v`: what comes through the pair or the receiver is ours, but for the IPv6 chatter
+/// of an interface that is up.
 #[inline(always)]
 pub(crate) fn merged(skb: Skb) -> i32 {
     if skb.is_ipv4() { skb.receive_on(settings().device) } else { NEXT }

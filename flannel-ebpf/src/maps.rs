@@ -96,6 +96,12 @@ pub(crate) fn pod_port(key: PodKey) -> Option<PortIndex> {
     PORTS.get_ifindex(port)
 }
 
+/// Whether an interface that the agent has put into `PORTS` is still there.
+#[inline(always)]
+pub(crate) fn is_there(port: PortIndex) -> bool {
+    PORTS.get_ifindex(port).is_some()
+}
+
 #[inline(always)]
 pub(crate) fn count(counter: Counter, traffic: Traffic) {
     if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {

@@ -8,24 +8,35 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, xdp_md,
+        bpf_adj_room_mode::{self, BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET},
+        xdp_md,
     },
     helpers::{
-        bpf_csum_level, bpf_get_hash_recalc, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
-        bpf_skb_change_head, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_meta,
+        bpf_csum_level, bpf_csum_update, bpf_get_hash_recalc, bpf_redirect, bpf_redirect_neigh,
+        bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_pull_data, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_meta,
     },
     programs::{TcContext, XdpContext},
 };
 use bytemuck::Pod;
 use flannel_common::{
     OVERHEAD,
-    header::{ETHERNET, ETHERTYPE_IPV4},
+    header::{DRESS_GROWTH, DRESS_MAC, Dress, ETHERNET, ETHERTYPE_IPV4, Ethernet, Outer},
 };
 
 use crate::maps::Traffic;
 
 /// `bpf_skb_adjust_room` on a packet that still carries tunnel state (`EALREADY`).
 const ALREADY_ENCAPSULATED: i64 = -114;
+
+/// Flags of `bpf_skb_adjust_room` that leave everything as it is but the room.
+const PLAINLY: u32 = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+
+/// The Ethernet header of a dressed packet, as words: an array would become a constant section of the object.
+const TO_THE_ROOM: (u64, u32, u16) = {
+    let [a, b, c, d, e, f] = DRESS_MAC;
+    (u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), 0, ETHERTYPE_IPV4.to_be())
+};
 
 /// Why there is no room for an outer header.
 pub(crate) enum NoRoom {
@@ -125,6 +136,7 @@ impl Skb {
     pub(crate) fn grow(&mut self) -> Result<(), NoRoom> {
         match self.adjust_room(
             OVERHEAD as i32,
+            BPF_ADJ_ROOM_MAC,
             BPF_F_ADJ_ROOM_FIXED_GSO
                 | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
                 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP
@@ -139,7 +151,7 @@ impl Skb {
     /// Makes room without telling what for. Not for GSO packets: nobody could split them.
     #[inline(always)]
     pub(crate) fn grow_plainly(&mut self) -> Result<(), NoRoom> {
-        match self.adjust_room(OVERHEAD as i32, BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) {
+        match self.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, PLAINLY) {
             0 => Ok(()),
             _ => Err(NoRoom::Other),
         }
@@ -148,7 +160,7 @@ impl Skb {
     /// Cuts the outer header off, behind the Ethernet header.
     #[inline(always)]
     pub(crate) fn shrink(&mut self) -> Result<(), NoRoom> {
-        match self.adjust_room(-(OVERHEAD as i32), BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) {
+        match self.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, PLAINLY) {
             0 => {
                 // The NIC vouched for one checksum fewer now. It may have vouched for none: then this is refused, and
                 // rightly without effect.
@@ -160,10 +172,31 @@ impl Skb {
         }
     }
 
+    /// Exchanges the outer header, behind the Ethernet header, for a dress.
     #[inline(always)]
-    fn adjust_room(&mut self, by: i32, flags: u32) -> i64 {
+    pub(crate) fn put_on(&mut self, dress: &Dress) -> Result<(), NoRoom> {
+        let Some(change) = self.read::<Outer>(ETHERNET).map(|outer| dress.change_of_sum(outer)) else {
+            return Err(NoRoom::Other);
+        };
+        if self.adjust_room(DRESS_GROWTH as i32, BPF_ADJ_ROOM_NET, PLAINLY) != 0 {
+            return Err(NoRoom::Other);
+        }
+        match self.write::<Dress>(ETHERNET) {
+            Some(place) => *place = *dress,
+            None => return Err(NoRoom::Other),
+        }
+        // Where the NIC has summed the whole packet, the sum must follow; elsewhere this is refused, and rightly without
+        // effect.
+        // SAFETY: the helper has no preconditions.
+        let _ = unsafe { bpf_csum_update(self.raw, change) };
+        self.write::<Ethernet>(0).ok_or(NoRoom::Other)?.set_words(TO_THE_ROOM);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn adjust_room(&mut self, by: i32, mode: bpf_adj_room_mode::Type, flags: u32) -> i64 {
         // SAFETY: the helper checks everything itself; packet borrows end at `&mut self`.
-        unsafe { bpf_skb_adjust_room(self.raw, by, BPF_ADJ_ROOM_MAC, u64::from(flags)) }
+        unsafe { bpf_skb_adjust_room(self.raw, by, mode, u64::from(flags)) }
     }
 
     /// Puts an empty Ethernet header in front of a packet of an L3 device.

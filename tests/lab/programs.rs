@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues},
+    maps::{Array, DevMapHash, HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues},
     programs::{Program, ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
@@ -110,6 +110,16 @@ impl Programs {
         let map = self.ebpf.map_mut("PEERS").context("no map PEERS")?;
         let mut peers: HashMap<&mut MapData, u32, Peer> = HashMap::try_from(map)?;
         Ok(peers.insert(u32::from_ne_bytes(subnet.octets()), peer, 0)?)
+    }
+
+    /// Makes an interface known to the programs, as the agent does with pods' ports and the door.
+    ///
+    /// # Errors
+    /// The kernel's: there is no such interface.
+    pub fn add_port(&mut self, ifindex: u32) -> Result<()> {
+        let map = self.ebpf.map_mut("PORTS").context("no map PORTS")?;
+        let mut ports: DevMapHash<&mut MapData> = DevMapHash::try_from(map)?;
+        Ok(ports.insert(ifindex, ifindex, None, 0)?)
     }
 
     /// Runs one packet.

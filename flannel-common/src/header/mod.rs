@@ -7,6 +7,7 @@
 
 mod accept;
 mod checksum;
+mod dress;
 mod hop;
 mod outer;
 
@@ -14,6 +15,9 @@ use bytemuck::{Pod, Zeroable};
 
 pub use accept::{Arrival, Delivery, NO_PEER, Verdict, admit, decapsulate};
 pub use checksum::{fold, replace_word};
+pub use dress::{
+    DRESS_DESTINATION, DRESS_GROWTH, DRESS_MAC, DRESS_PORT, DRESS_SOURCE, DRESS_VNI, Dress, dress,
+};
 pub use hop::{Rewrite, hop};
 pub use outer::{Datagram, outer, source_port};
 

@@ -31,6 +31,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             Lab::new("shortcut-agent"),
             agent,
         ),
+        scenario(
+            "without_the_shortcut_super_packets_stay_whole_too_with_an_agent_or_without",
+            Lab::new("room"),
+            room,
+        ),
         scenario("routed_pods_need_no_shortcut", Lab::new("shortcut-routed").pods(PodLink::Routed), routed),
     ]
 }
@@ -62,6 +67,29 @@ fn average_received(lab: &Lab) -> Result<u64> {
     let (bytes, packets) = (count("bytes")? - before.0, count("packets")? - before.1);
     ensure!(bytes > 20 << 20, "only {bytes} bytes arrived at the pod's device");
     Ok(bytes / packets.max(1))
+}
+
+fn room(lab: &mut Lab) -> Result<()> {
+    let whole = |lab: &Lab, when: &str| -> Result<()> {
+        let average = average_received(lab)?;
+        ensure!(
+            average > 5000,
+            "{when}: packets of {average} bytes on average reach the pod: somebody splits them"
+        );
+        lab.ping_all_pairs(3).with_context(|| when.to_owned())
+    };
+    lab.bring_up(&["tc"; 2])?;
+    whole(lab, "at first")?;
+    ensure!(lab.host(1).status()?.path() == "tc+gro", "{}", lab.host(1).status()?.reasons());
+
+    lab.host_mut(1).agent_mut()?.crash()?;
+    whole(lab, "without an agent")?;
+    // As when the room's mount went with the agent's container: the door goes, and is done without.
+    lab.host(1).netns().ip("link del dev flannel0d")?;
+    average_received(lab).context("without agent and door")?;
+    lab.host_mut(1).start_agent(&AgentOptions::new()?.datapath("tc"))?;
+    lab.wait_connected()?;
+    whole(lab, "with an agent again")
 }
 
 fn pods(lab: &mut Lab) -> Result<()> {
@@ -118,6 +146,11 @@ fn legal(lab: &mut Lab) -> Result<()> {
     ] {
         lab.host(1).netns().output(on)?;
         wait_path(lab, 1, "tc+gro").with_context(|| on.to_owned())?;
+        let average = average_received(lab)?;
+        ensure!(
+            average > 5000,
+            "{on}: packets of {average} bytes on average reach the pod: somebody splits them"
+        );
         let reasons = lab.host(1).status()?.reasons();
         ensure!(reasons.contains(reason), "{reasons}");
         lab.ping_all_pairs(2)?;

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use flannel_common::{
     counter::Counter,
-    tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, XDP_MARK, XDP_PROBE, XDP_PROBE_MARK},
+    tunnel::{
+        DRESSED, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_MARK, XDP_PROBE, XDP_PROBE_MARK,
+    },
 };
 use flannel_tests::{
     kernel::{Needs, XDP_TEST_METADATA},
@@ -25,7 +27,7 @@ use proptest::{
 use crate::{
     packets::{
         ETHERNET, Ip, NODE, OVERHEAD, OWN, PEER, POD, PORT, REMOTE_POD, STRANGER, TCP, datagram, delivered,
-        ethernet, frame, peer, peer_subnet, settings, udp, with_udp_checksum,
+        ethernet, frame, peer, peer_subnet, settings, transport, udp, with_udp_checksum,
     },
     trial,
 };
@@ -42,6 +44,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("decap::the_probe_marks_and_changes_nothing", probe_rows),
         XDP_TEST_METADATA.trial(trial("decap::without_room_for_the_mark_the_frame_stays_whole", no_metadata)),
         trial("decap::xdp_leaves_to_tc_what_tc_would_not_believe", outside_the_network),
+        trial("decap::tcp_is_dressed_for_the_room_while_its_door_is_there", dressed_rows),
         trial("decap::a_gso_packet_counts_its_segments", gso_rows),
         trial("decap::packets_of_a_peer_are_counted_for_it", peer_counts),
         trial("decap::dropped_packets_count_for_the_peer_they_claim_to_come_from", peer_drops),
@@ -71,6 +74,47 @@ fn load(flags: u16) -> Result<Programs> {
     let mut programs = Programs::load(&settings(flags))?;
     programs.add_peer(peer_subnet(), peer(2))?;
     Ok(programs)
+}
+
+/// vxlan as RFC 7348 has it, to the address and port of the room's only socket, around the packet with its TTL lowered.
+fn dressed_rows() -> Result<()> {
+    // Any interface can be the door: this is lo.
+    const DOOR: u32 = 1;
+    let flags = DRESSED | SOURCE_CHECK_ENFORCE;
+    let mut programs = Programs::load(&Settings { gro_pair: DOOR, ..settings(flags) })?;
+    programs.add_peer(peer_subnet(), peer(2))?;
+    let tcp = |length| Ip { protocol: TCP, payload: transport(length), ..Ip::default() };
+    let run = |programs: &mut Programs, inner: &Ip, want: &[u8], counter| -> Result<()> {
+        let outcome = programs.run("flannel_ingress", &frame(inner), Context::Plain)?;
+        expect(&outcome, verdict::TC_REDIRECT, want, &[counter])
+    };
+    // Without the door, packets come in as ever.
+    run(&mut programs, &tcp(60), &delivered(&tcp(60)), Counter::DecapTc)?;
+    programs.add_port(DOOR)?;
+    for length in [20, 21, 60, 1400, 1432] {
+        let inner = tcp(length);
+        let behind_vxlan = ethernet(0x0800, &Ip { ttl: inner.ttl - 1, ..inner.clone() }.bytes());
+        let behind_vxlan = [&frame(&inner)[..12], &behind_vxlan[12..]].concat();
+        let payload = [&[0x08, 0, 0, 0, 0, 0, 1, 0], behind_vxlan.as_slice()].concat();
+        let outer = Ip {
+            source: [192, 0, 2, 2],
+            destination: [192, 0, 2, 1],
+            id: 0,
+            fragment: 0,
+            payload: udp(0xC123, 4789, &payload),
+            ..Ip::default()
+        };
+        let mut want = ethernet(0x0800, &outer.bytes());
+        want[..12].copy_from_slice(&[0x02, 0xF1, 0xA7, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+        run(&mut programs, &inner, &want, Counter::DecapTc).with_context(|| format!("{length} bytes"))?;
+    }
+    let datagram = Ip::default();
+    run(&mut programs, &datagram, &delivered(&datagram), Counter::DecapTc).context("UDP")?;
+    // Who may send is asked before.
+    let forged = ethernet(0x0800, &crate::packets::datagram(STRANGER, OWN, &tcp(60).bytes()).bytes());
+    let outcome = programs.run("flannel_ingress", &forged, Context::Plain)?;
+    ensure!(outcome.verdict == verdict::TC_SHOT, "{outcome:?}");
+    Ok(())
 }
 
 fn check(programs: &mut Programs, rows: &[Row]) -> Result<()> {

@@ -180,9 +180,11 @@ fn attached(host: &Host, choice: &Choice) -> Result<()> {
     hooks.push(("flannel0", "egress", "flannel_encap", "link_encap", in_kernel));
     hooks.push(("cni0", "egress", "flannel_bridge", "link_bridge", choice.path == "tc+bridge"));
     if choice.path == "tc+gro" {
-        hooks.push(("flannel0g", "ingress", "flannel_gro", "link_gro", true));
+        hooks.push(("flannel0v", "ingress", "flannel_gro", "link_gro", true));
     }
-    ensure!(netns.has_device("flannel0g") == (choice.path == "tc+gro"), "the GRO pair");
+    // Super-packets cross the veth between the hosts whole, so it is the room and not the veth pair.
+    ensure!(netns.has_device("flannel0v") == (choice.path == "tc+gro"), "the room");
+    ensure!(!netns.has_device("flannel0g"), "the GRO pair");
     for (device, side, program, pin, wanted) in hooks {
         let filters = netns.output(&format!("tc filter show dev {device} {side}")).unwrap_or_default();
         let is_filter = filters.contains("pref 50 ") && filters.contains(program);

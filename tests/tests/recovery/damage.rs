@@ -244,6 +244,29 @@ const PARTS_OF_XDP: [Part; 2] = [
     },
 ];
 
+const PARTS_OF_ROOM: [Part; 4] = [
+    Part {
+        what: "flannel0v down",
+        damage: |host| does(host, "ip link set flannel0v down"),
+        undone: |host| shows(host, "ip link show dev flannel0v", ",UP"),
+    },
+    Part {
+        what: "flannel0v deleted",
+        damage: |host| does(host, "ip link del flannel0v"),
+        undone: |host| shows(host, "ip link show dev flannel0v", ",UP"),
+    },
+    Part {
+        what: "flannel0d deleted",
+        damage: |host| does(host, "ip link del flannel0d"),
+        undone: |host| shows(host, "ip link show dev flannel0d", "state UP"),
+    },
+    Part {
+        what: "eth0 splits what it sends",
+        damage: |host| host.netns().offload("eth0", "tso off"),
+        undone: |host| shows(host, "ip link show dev flannel0p", "state UP"),
+    },
+];
+
 const PARTS_OF_TC: [Part; 5] = [
     Part {
         what: "tso on on flannel0p",
@@ -273,10 +296,13 @@ const PARTS_OF_TC: [Part; 5] = [
 ];
 
 fn parts(lab: &mut Lab, tier: &str) -> Result<()> {
-    let own = if tier == "xdp" { PARTS_OF_XDP.as_slice() } else { PARTS_OF_TC.as_slice() };
+    let [own, more] = match tier {
+        "xdp" => [PARTS_OF_XDP.as_slice(), &[]],
+        _ => [PARTS_OF_ROOM.as_slice(), PARTS_OF_TC.as_slice()],
+    };
     // The maps taken over at the start are news of their own.
     sleep(SOON);
-    for Part { what, damage, undone } in PARTS.iter().chain(own) {
+    for Part { what, damage, undone } in PARTS.iter().chain(own).chain(more) {
         let host = lab.host(1);
         damage(host).context(*what)?;
         let started = Instant::now();

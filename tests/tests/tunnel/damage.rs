@@ -1,6 +1,8 @@
 //! What breaks is missed, and put again it works again.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -98,6 +100,8 @@ pub(crate) fn map_entries() -> Result<()> {
 
 pub(crate) fn gro_pair() -> Result<()> {
     let rig = Rig::new()?;
+    // On a veth that splits what it sends; else the way goes through the room.
+    rig.b.command("ethtool", &format!("-K {UNDERLAY} tso off"))?;
     rig.up(Datapath::Tc)?;
     let damages: [(&str, &str); 5] = [
         ("ethtool", "-K flannel0p tso on"),
@@ -121,6 +125,50 @@ pub(crate) fn gro_pair() -> Result<()> {
     let report = rig.b.report()?;
     ensure!(report.tier.name() == "tc", "{report:?}");
     ensure!(report.reason.contains("flannel0p exists and is a bridge"), "{}", report.reason);
+    rig.talks()
+}
+
+pub(crate) fn room() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.up(Datapath::Tc)?;
+    let path = rig.b.run(|_| fs::metadata("/proc/thread-self/ns/net"))?.ino();
+    let path = format!("/run/flannel/flannel0.{path}.room");
+    let unmount = format!("-l {path}");
+    let damages: [(&str, &str); 6] = [
+        ("ip", "link set flannel0d mtu 1400"),
+        ("ip", "link set flannel0d down"),
+        ("ip", "link set flannel0v down"),
+        ("ip", "link delete flannel0v"),
+        ("ip", "link delete flannel0d"),
+        ("umount", &unmount),
+    ];
+    for (program, arguments) in damages {
+        ensure!(!rig.b.has_link("flannel0p"), "a veth pair beside the room");
+        rig.b.command(program, arguments)?;
+        ensure!(!rig.b.is_in_place()?, "{program} {arguments} is not missed");
+        rig.b.put(rig.b.tunnel(Datapath::Tc))?;
+        ensure!(rig.b.is_in_place()?, "{program} {arguments} is not repaired");
+        ensure!(rig.b.report()?.reason == "chosen by --udp-datapath=tc; super-packets stay whole");
+        rig.talks()?;
+    }
+    // Where the underlay splits what it sends, peers will too: then the pair is faster.
+    rig.b.command("ethtool", &format!("-K {UNDERLAY} tso off"))?;
+    ensure!(!rig.b.is_in_place()?, "tso off is not missed");
+    rig.b.put(rig.b.tunnel(Datapath::Tc))?;
+    ensure!(rig.b.has_link("flannel0p") && !rig.b.has_link("flannel0d") && !rig.b.has_link("flannel0v"));
+    ensure!(!Path::new(&path).exists(), "{path} is left");
+    rig.talks()?;
+    rig.b.command("ethtool", &format!("-K {UNDERLAY} tso on"))?;
+    ensure!(!rig.b.is_in_place()?, "tso on is not missed");
+    rig.b.put(rig.b.tunnel(Datapath::Tc))?;
+    ensure!(!rig.b.has_link("flannel0p") && rig.b.has_link("flannel0d"));
+    rig.talks()?;
+    // A device of that name which is not ours is left alone, and costs the room only.
+    rig.b.remove(Datapath::Tc)?;
+    ensure!(!Path::new(&path).exists(), "{path} is left");
+    rig.b.ip("link add flannel0v type bridge")?;
+    rig.b.up(Datapath::Tc)?;
+    ensure!(rig.b.tier()? == "tc+gro" && rig.b.has_link("flannel0p") && !rig.b.has_link("flannel0d"));
     rig.talks()
 }
 

@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         ("a_deleted_pin_is_missed_within_a_second_and_put_back", damage::deleted_pins),
         ("entries_of_peers_that_somebody_changed_are_missed_within_a_second", damage::map_entries),
         ("a_damaged_gro_pair_is_missed_and_made_anew", damage::gro_pair),
+        ("a_damaged_room_is_missed_and_made_anew", damage::room),
         ("xdp_whose_marks_do_not_arrive_is_given_up_for_good", damage::disproved),
         ("a_deleted_tunnel_device_is_missed_and_comes_back", damage::deleted_device),
         ("a_peer_s_entry_follows_the_routing_table", peers::ways),

@@ -28,7 +28,7 @@ pub(crate) fn auto_takes_xdp() -> Result<()> {
     ensure!(report.reason == "native XDP attached, marks proven", "{}", report.reason);
     ensure!(rig.b.count("decap_xdp")? >= 2 && rig.b.count("mark_seen")? >= 2, "{report:?}");
     ensure!(rig.b.count("decap_tc")? == 0 && rig.b.count("decap_user")? == 0, "{report:?}");
-    ensure!(!rig.b.has_link("flannel0p"), "no GRO pair beside XDP");
+    ensure!(!rig.b.has_link("flannel0p") && !rig.b.has_link("flannel0d"), "no GRO pair beside XDP");
     let peer = &report.peers[0];
     ensure!(peer.node == rig.a.address() && peer.drops.is_empty(), "{peer:?}");
     ensure!(peer.rx_packets >= 2 && peer.tx_packets >= 2, "{peer:?}");
@@ -57,9 +57,11 @@ pub(crate) fn every_option() -> Result<()> {
         ensure!(rig.b.is_in_place()?, "{datapath} is not in place");
         if matches!(datapath, Datapath::Tc | Datapath::Tun) {
             let reason = rig.b.report()?.reason;
-            ensure!(reason == format!("chosen by --udp-datapath={datapath}"), "{reason}");
+            let more = if tier == "tc+gro" { "; super-packets stay whole" } else { "" };
+            ensure!(reason == format!("chosen by --udp-datapath={datapath}{more}"), "{reason}");
         }
-        ensure!(rig.b.has_link("flannel0p") == (tier == "tc+gro"), "{datapath}: GRO pair");
+        ensure!(rig.b.has_link("flannel0d") == (tier == "tc+gro"), "{datapath}: door to the room");
+        ensure!(!rig.b.has_link("flannel0p"), "{datapath}: GRO pair");
     }
     Ok(())
 }
@@ -356,7 +358,9 @@ pub(crate) fn removing() -> Result<()> {
         ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.is_empty(), "{datapath}: ingress");
         ensure!(tcx(&rig.b, DEVICE, EGRESS)?.is_empty(), "{datapath}: egress");
         ensure!(!has_xdp(&rig.b)?, "{datapath}: XDP");
-        ensure!(!rig.b.has_link("flannel0p") && !rig.b.has_link("flannel0g"), "{datapath}: GRO pair");
+        for device in ["flannel0p", "flannel0g", "flannel0d", "flannel0v"] {
+            ensure!(!rig.b.has_link(device), "{datapath}: {device}");
+        }
         ensure!(!rig.b.bpffs.join("flannel").exists(), "{datapath}: pins");
         ensure!(rig.b.has_link(DEVICE), "the device is another item");
         ensure!(rig.b.observe()?.is_empty());

@@ -47,7 +47,7 @@ pub(super) const RUNS: &[Run] = &[
 pub(super) const CARDS: [&str; 2] = ["02:00:00:00:f1:01", "02:00:00:00:f1:02"];
 
 /// Loaded at start. Kinds of devices, matches and targets are loaded by the kernel when they are first used.
-const MODULES: &[&str] = &["tun", "veth", "bridge", "sch_ingress", "cls_bpf", "cls_u32"];
+const MODULES: &[&str] = &["tun", "veth", "bridge", "vxlan", "sch_ingress", "cls_bpf", "cls_u32"];
 
 /// Of the network cards. Built in, where a kernel has no such module; a test that finds no card says so.
 const DRIVERS: &[&str] = &["virtio_pci", "virtio_net"];

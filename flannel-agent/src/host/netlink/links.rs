@@ -3,12 +3,13 @@
 //! TUN devices can't be made through netlink on any kernel (`/dev/net/tun` makes them, `host/udp`); veth pairs can.
 
 use std::collections::BTreeMap;
+use std::os::fd::RawFd;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, Nla};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo as LinkInfoAttribute,
-    LinkLayerType, LinkMessage, LinkXdp,
+    InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkInfo as LinkInfoAttribute, LinkLayerType, LinkMessage, LinkXdp,
 };
 
 use super::{Failure, Netlink};
@@ -31,6 +32,31 @@ pub struct LinkInfo {
     pub tun: Option<TunInfo>,
     /// Id of the XDP program on it, whoever's.
     pub xdp: Option<u32>,
+}
+
+/// The other end of a veth pair.
+#[derive(Clone, Copy, Debug)]
+pub struct VethEnd<'a> {
+    pub name: &'a str,
+    /// MAC address; without one the kernel makes one up.
+    pub address: Option<[u8; 6]>,
+    /// Descriptor of the network namespace it goes to; without one it stays here.
+    pub namespace: Option<RawFd>,
+}
+
+/// A vxlan device to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Vxlan<'a> {
+    pub name: &'a str,
+    /// Network identifier.
+    pub id: u32,
+    /// UDP port its socket listens on.
+    pub port: u16,
+    /// MAC address.
+    pub address: [u8; 6],
+    pub mtu: u32,
+    /// Descriptor of the network namespace it goes to.
+    pub namespace: RawFd,
 }
 
 /// How a TUN device was opened. Kernels before 4.20 don't say; then everything is taken to be as the agent makes it.
@@ -100,12 +126,22 @@ impl Netlink {
     /// # Errors
     /// Missing CAP_NET_ADMIN, a name in use, no veth in this kernel.
     pub async fn create_veth(&self, name: &str, peer: &str, mtu: u32) -> Result<(), HostError> {
-        let doing = || format!("create veth pair {name} and {peer} with mtu {mtu}");
-        for name in [name, peer] {
+        self.create_veth_to(name, &VethEnd { name: peer, address: None, namespace: None }, mtu).await
+    }
+
+    /// [`Self::create_veth`] with more to say about the other end.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn create_veth_to(&self, name: &str, peer: &VethEnd<'_>, mtu: u32) -> Result<(), HostError> {
+        let doing = || format!("create veth pair {name} and {} with mtu {mtu}", peer.name);
+        for name in [name, peer.name] {
             check_name(name).map_err(|reason| HostError::new(doing(), reason))?;
         }
-        let mut other = named(peer);
+        let mut other = named(peer.name);
         other.attributes.push(LinkAttribute::Mtu(mtu));
+        other.attributes.extend(peer.address.map(|address| LinkAttribute::Address(address.to_vec())));
+        other.attributes.extend(peer.namespace.map(LinkAttribute::NetNsFd));
         let mut message = named(name);
         message.attributes.push(LinkAttribute::Mtu(mtu));
         message.attributes.push(LinkAttribute::LinkInfo(vec![
@@ -117,6 +153,41 @@ impl Netlink {
                 let cause = match &failure {
                     f if f.is(libc::EEXIST) => Some("a device with one of these names exists".to_owned()),
                     f if f.is(libc::EOPNOTSUPP) => Some("this kernel has no veth (modprobe veth)".to_owned()),
+                    _ => None,
+                };
+                failure.because(doing(), cause)
+            },
+        )
+    }
+
+    /// Makes a vxlan device that learns nothing and sends to nobody, in another namespace; its socket stays in this one.
+    ///
+    /// # Errors
+    /// Missing CAP_NET_ADMIN in either, a name in use, no vxlan in this kernel.
+    pub async fn create_vxlan(&self, device: &Vxlan<'_>) -> Result<(), HostError> {
+        let doing = || format!("create vxlan device {} with port {}", device.name, device.port);
+        check_name(device.name).map_err(|reason| HostError::new(doing(), reason))?;
+        let mut message = named(device.name);
+        message.attributes.extend([
+            LinkAttribute::Mtu(device.mtu),
+            LinkAttribute::Address(device.address.to_vec()),
+            LinkAttribute::NetNsFd(device.namespace),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfoAttribute::Kind(InfoKind::Vxlan),
+                LinkInfoAttribute::Data(InfoData::Vxlan(vec![
+                    InfoVxlan::Id(device.id),
+                    InfoVxlan::Port(device.port),
+                    InfoVxlan::Learning(false),
+                ])),
+            ]),
+        ]);
+        self.execute(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL).await.map_err(
+            |failure| {
+                let cause = match &failure {
+                    f if f.is(libc::EEXIST) => Some("a device with this name exists".to_owned()),
+                    f if f.is(libc::EOPNOTSUPP) => {
+                        Some("this kernel has no vxlan (modprobe vxlan)".to_owned())
+                    }
                     _ => None,
                 };
                 failure.because(doing(), cause)

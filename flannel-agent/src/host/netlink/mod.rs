@@ -43,7 +43,7 @@ use crate::domain::host_state::HostItem;
 pub use addresses::AddressEntry;
 pub use bridges::{Bridge, BridgePort, ForwardingEvents};
 pub use events::Events;
-pub use links::{LinkInfo, TunInfo};
+pub use links::{LinkInfo, TunInfo, VethEnd, Vxlan};
 pub use routes::{NextHop, ROUTE_PROTOCOL, RouteEntry, RouteLookup};
 
 /// Messages in one batch. About 270 acks fill the 208 KiB a socket gets without `SO_RCVBUFFORCE`.

@@ -77,9 +77,7 @@ pub async fn find(
             format!("offload {} of {of}: back to {}", feature.name(), to.opposite().word())
         }));
         parts.extend(pinned_maps.iter().map(|pin| format!("map {}", pin.display())));
-        if gro_pair::exists(netlink, &device).await? {
-            parts.push(format!("link device {device}p and {device}g type veth"));
-        }
+        parts.extend(gro_pair::remains(netlink, &device).await?);
         if !parts.is_empty() || pins.exists() {
             if parts.is_empty() {
                 parts.push(format!("folder of pins for {device}"));
@@ -125,11 +123,13 @@ fn is_tunnel_name(name: &str) -> bool {
 
 /// The tunnel device whose GRO pair's sending end this is; both ends must be there.
 fn pair_of(link: &LinkInfo, links: &[LinkInfo]) -> Option<String> {
-    let device = link.name.strip_suffix('p').filter(|name| is_tunnel_name(name))?;
-    let other = format!("{device}g");
-    let is_veth = |link: &LinkInfo| link.kind.as_deref() == Some("veth");
-    let paired = is_veth(link) && links.iter().any(|link| link.name == other && is_veth(link));
-    paired.then(|| device.to_owned())
+    let is = |link: &LinkInfo, kind: &str| link.kind.as_deref() == Some(kind);
+    [('p', 'g', "veth"), ('d', 'v', "vxlan")].into_iter().find_map(|(sender, receiver, kind)| {
+        let device = link.name.strip_suffix(sender).filter(|name| is_tunnel_name(name))?;
+        let other = format!("{device}{receiver}");
+        let paired = is(link, "veth") && links.iter().any(|link| link.name == other && is(link, kind));
+        paired.then(|| device.to_owned())
+    })
 }
 
 /// Our filters, on whatever device. A qdisc that can't be asked holds none of ours.
@@ -202,6 +202,10 @@ mod tests {
         assert_eq!(pair_of(&pair[0], &pair), Some("flannel0".to_owned()));
         assert_eq!(pair_of(&pair[1], &pair), None);
         assert_eq!(pair_of(&pair[0], &pair[..1]), None);
+        let room = [link("flannel0d", "veth", None), link("flannel0v", "vxlan", None)];
+        assert_eq!(pair_of(&room[0], &room), Some("flannel0".to_owned()));
+        assert_eq!(pair_of(&room[1], &room), None);
+        assert_eq!(pair_of(&room[0], &room[..1]), None);
         let foreign = [link("flannel0p", "bridge", None), link("flannel0g", "veth", None)];
         assert_eq!(pair_of(&foreign[0], &foreign), None);
     }

@@ -139,13 +139,19 @@ impl KernelPath {
     /// # Errors
     /// What is missing or wrong, or can be had by now.
     pub(in crate::host::udp) async fn check_around(&self, netlink: &Netlink, mtu: u32) -> Result<(), String> {
-        match &self.pair {
-            Some(pair) if gro_pair::find(netlink, &self.device.0, mtu).await? != *pair => {
+        let underlay = &self.underlay.0;
+        if let Some(pair) = &self.pair {
+            let link = netlink.link(underlay).await.map_err(|e| e.to_string())?;
+            let whole = gro_pair::stays_whole(underlay, link.and_then(|link| link.kind).as_deref());
+            if whole != self.whole {
+                let word = if whole { "stay whole on" } else { "are split by" };
+                return Err(format!("super-packets {word} {underlay} by now"));
+            }
+            let wanted = gro_pair::Wanted { device: &self.device.0, mtu, whole };
+            if gro_pair::find(netlink, &wanted).await? != *pair {
                 return Err("the GRO pair was made anew".to_owned());
             }
-            _ => {}
         }
-        let underlay = &self.underlay.0;
         let ethtool = Ethtool::open().map_err(|e| e.to_string())?;
         for (feature, wanted) in &self.tuned {
             if !is_tuned(&ethtool, underlay, (*feature, *wanted)) {

@@ -118,9 +118,11 @@ async fn climb_with(
     let may_end_on_tc_gro =
         wish.is_err() && tunnel.options.datapath != Datapath::Xdp && !matches!(bridge, Some(Ok(_)));
     // Programs know the pair's index: made now, it spares loading and attaching them a second time.
+    let whole = gro_pair::stays_whole(&tunnel.underlay, ground.underlay.kind.as_deref());
+    let wanted = gro_pair::Wanted { device: &tunnel.device, mtu: tunnel.mtu, whole };
     let mut pair = match may_end_on_tc_gro {
-        true => gro_pair::ensure(netlink, &tunnel.device, tunnel.mtu).await.ok(),
-        false => gro_pair::find(netlink, &tunnel.device, tunnel.mtu).await.ok(),
+        true => gro_pair::ensure(netlink, &wanted).await.ok(),
+        false => gro_pair::find(netlink, &wanted).await.ok(),
     };
     let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
     let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
@@ -174,7 +176,7 @@ async fn climb_with(
                 }
                 Some(Err(e)) => format!("{why}; no shortcut past a bridge: {e}"),
             };
-            let pair = match gro_pair::ensure(netlink, &tunnel.device, tunnel.mtu).await {
+            let pair = match gro_pair::ensure(netlink, &wanted).await {
                 Ok(pair) => Ok(pair),
                 Err(e) => Err(format!("{why}; without GRO pair: {e}")),
             };
@@ -182,8 +184,16 @@ async fn climb_with(
             path.attach_tc()?;
             path.leave_xdp()?;
             path.leave_bridge()?;
+            path.open_door()?;
+            path.whole = whole;
+            if let Ok(pair) = &pair {
+                gro_pair::remove_all_but(netlink, &tunnel.device, pair).await?;
+            }
             tune(ground, path, &[]);
             Ok(match pair {
+                Ok(pair) if pair.dressed => {
+                    Rung { tier: Tier::TcGro, reason: format!("{why}; super-packets stay whole") }
+                }
                 Ok(_) => Rung { tier: Tier::TcGro, reason: why },
                 Err(why) => Rung { tier: Tier::Tc, reason: why },
             })

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use flannel_common::tunnel::{
-    COARSE_CLOCK, FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
+    COARSE_CLOCK, DRESSED, FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
 };
 
 use super::{Ground, is_kernel_before, lost, wants_shortcut};
@@ -34,6 +34,8 @@ pub(in crate::host::udp) struct KernelPath {
     pub(super) tc: TcKind,
     pub(super) xdp: Option<XdpPart>,
     pub(super) pair: Option<GroPair>,
+    /// What the pair was chosen by: peers' super-packets stay whole on the underlay.
+    pub(super) whole: bool,
     pub(super) place: Place,
     /// Somebody else's XDP program is why this is not the XDP tier.
     pub(super) xdp_taken: bool,
@@ -100,6 +102,7 @@ pub(super) fn load<'s>(
                 tc,
                 xdp: None,
                 pair,
+                whole: false,
                 place: Place::default(),
                 xdp_taken: false,
                 tuned: Vec::new(),
@@ -127,6 +130,9 @@ pub(super) fn settings(ground: &Ground<'_>, parts: &Parts<'_>) -> Settings {
     }
     if parts.probing {
         flags |= XDP_PROBE;
+    }
+    if parts.pair.is_some_and(|pair| pair.dressed) {
+        flags |= DRESSED;
     }
     Settings {
         local: to_wire(tunnel.local),
@@ -182,7 +188,7 @@ impl KernelPath {
     pub(super) fn attach_tc(&mut self) -> Result<(), Refusal> {
         if let Some(pair) = self.pair.clone() {
             self.programs.attach_tc(GRO, &Self::gro_hook(&pair), &self.pins)?;
-            if is_kernel_before(5, 13) {
+            if !pair.dressed && is_kernel_before(5, 13) {
                 self.programs.attach_pass(&pair.receiver.name, pair.receiver.ifindex, &self.pins)?;
             }
         }
@@ -204,6 +210,14 @@ impl KernelPath {
         };
         self.tc = self.programs.attach_tc(ENCAP, &hook, &self.pins)?;
         Ok(())
+    }
+
+    /// From now on TCP goes through the room, if there is one.
+    pub(super) fn open_door(&mut self) -> Result<(), Refusal> {
+        match &self.pair {
+            Some(pair) if pair.dressed => self.maps.add_port(pair.sender.ifindex),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn attach_xdp(&mut self) -> Result<(), Refusal> {

@@ -362,20 +362,28 @@ impl Maps {
             ignore_missing(self.ports.remove(*port)).map_err(failed)?;
         }
         for port in needed.difference(&known) {
-            match self.ports.insert(*port, *port, None, 0) {
-                Ok(()) => {}
-                Err(XdpMapError::MapError(MapError::SyscallError(e))) if is_gone(&e.io_error) => {}
-                Err(XdpMapError::MapError(e)) => return Err(failed(e)),
-                // No program is chained to a port.
-                Err(e @ XdpMapError::ChainedProgramNotSupported) => {
-                    return Err(Refusal::new("write the map of ports", e.to_string()));
-                }
-            }
+            self.add_port(*port)?;
         }
         for (key, port) in wanted.iter().filter(|(key, port)| present.get(*key) != Some(*port)) {
             self.pods.insert(*key, port, 0).map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// Makes the door to the room known: while it exists, TCP goes through it. (The kernel takes it out with the device.)
+    ///
+    /// # Errors
+    /// The kernel refuses to write the map.
+    pub fn add_port(&mut self, port: PortIndex) -> Result<(), Refusal> {
+        match self.ports.insert(port, port, None, 0) {
+            Err(XdpMapError::MapError(MapError::SyscallError(e))) if is_gone(&e.io_error) => Ok(()),
+            Err(XdpMapError::MapError(e)) => Err(Refusal::from_map("write the map of ports", &e)),
+            // No program is chained to a port.
+            Err(e @ XdpMapError::ChainedProgramNotSupported) => {
+                Err(Refusal::new("write the map of ports", e.to_string()))
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Takes the peers of another layout version's map over, so that the programs about to be attached know them all:

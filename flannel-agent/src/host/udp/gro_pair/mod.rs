@@ -1,4 +1,9 @@
-//! The GRO pair: a veth pair that merges decapsulated TCP where XDP can't be used.
+//! The GRO pair: two devices that merge decapsulated TCP where XDP can't be used.
+//!
+//! | where packets | pair | |
+//! |---|---|---|
+//! | have been split (network cards) | `<device>p`, `<device>g` | a veth pair |
+//! | stay whole (nodes joined by veth) | `<device>d`, `<device>v` | the way through the [`room`] |
 //!
 //! tc runs after the kernel's GRO, which merges no datagrams of an unknown UDP port; without merging, the receiving
 //! node forwards every segment by itself (0.6 × the rate, 1.8 × the CPU of plain routing). `flannel_ingress` sends
@@ -9,6 +14,8 @@
 //! with GSO on the sender would not split a super-packet that has to be split once. Both are switched off and read
 //! back; a pair that would merge nothing is refused.
 
+mod room;
+
 use std::fs;
 use std::io;
 
@@ -16,11 +23,32 @@ use super::ethtool::{Ethtool, Feature, Switch};
 use crate::host::HostError;
 use crate::host::netlink::Netlink;
 
-/// A pair that is up.
+/// A pair that is up. What is sent into `sender` comes out of `receiver`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroPair {
     pub sender: End,
     pub receiver: End,
+    /// It is the way through the room, and packets must be dressed for it.
+    pub dressed: bool,
+}
+
+/// What a pair is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// The tunnel device.
+    pub device: &'a str,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Super-packets arrive whole ([`stays_whole`]).
+    pub whole: bool,
+}
+
+/// Whether peers' super-packets cross this underlay whole: it is a veth that does not split its own. (An XDP program at
+/// the other end makes it split, and so does whoever switches the offload off to have packets as on a wire.)
+#[must_use]
+pub fn stays_whole(underlay: &str, kind: Option<&str>) -> bool {
+    kind == Some("veth")
+        && Ethtool::open().is_ok_and(|ethtool| ethtool.is_on(underlay, Feature::Tso).unwrap_or(false))
 }
 
 /// One end of the pair.
@@ -49,12 +77,22 @@ fn names(device: &str) -> Names {
     Names { sender: format!("{device}p"), receiver: format!("{device}g") }
 }
 
-/// Makes the pair for `device`, or brings the one that is there into shape.
+/// Makes the pair, or brings the one that is there into shape. Where the room can't be had, the veth pair has to do.
 ///
 /// # Errors
 /// A device of that name which is something else, no veth in this kernel, a name too long, missing CAP_NET_ADMIN.
-pub async fn ensure(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, HostError> {
-    if let Ok(pair) = find(netlink, device, mtu).await {
+pub async fn ensure(netlink: &Netlink, wanted: &Wanted<'_>) -> Result<GroPair, HostError> {
+    if wanted.whole {
+        match room::ensure(netlink, wanted.device, wanted.mtu).await {
+            Ok(pair) => return Ok(pair),
+            Err(e) => tracing::debug!("{e}; super-packets will be split and merged again"),
+        }
+    }
+    ensure_veth(netlink, wanted.device, wanted.mtu).await
+}
+
+async fn ensure_veth(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, HostError> {
+    if let Ok(pair) = find_veth(netlink, device, mtu).await {
         return Ok(pair);
     }
     let names = names(device);
@@ -92,16 +130,26 @@ pub async fn ensure(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair
     for name in [&names.sender, &names.receiver] {
         netlink.set_up(name).await?;
     }
-    find(netlink, device, mtu)
+    find_veth(netlink, device, mtu)
         .await
         .map_err(|reason| HostError::new(format!("make the GRO pair of {device}"), reason))
 }
 
-/// The pair, when it is there and in shape.
+/// The pair, when it is there and in shape: the better one that there is.
 ///
 /// # Errors
 /// What is missing or wrong.
-pub async fn find(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, String> {
+pub async fn find(netlink: &Netlink, wanted: &Wanted<'_>) -> Result<GroPair, String> {
+    if !wanted.whole {
+        return find_veth(netlink, wanted.device, wanted.mtu).await;
+    }
+    match room::find(netlink, wanted.device, wanted.mtu).await {
+        Ok(pair) => Ok(pair),
+        Err(why) => find_veth(netlink, wanted.device, wanted.mtu).await.map_err(|_| why),
+    }
+}
+
+async fn find_veth(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, String> {
     let names = names(device);
     let mut ends = Vec::with_capacity(2);
     for name in [&names.sender, &names.receiver] {
@@ -126,7 +174,7 @@ pub async fn find(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, 
         }
     }
     match <[End; 2]>::try_from(ends) {
-        Ok([sender, receiver]) => Ok(GroPair { sender, receiver }),
+        Ok([sender, receiver]) => Ok(GroPair { sender, receiver, dressed: false }),
         Err(_) => Err("one end is missing".to_owned()),
     }
 }
@@ -136,6 +184,10 @@ pub async fn find(netlink: &Netlink, device: &str, mtu: u32) -> Result<GroPair, 
 /// # Errors
 /// The kernel does not answer.
 pub async fn exists(netlink: &Netlink, device: &str) -> Result<bool, HostError> {
+    Ok(veth_exists(netlink, device).await? || room::exists(netlink, device).await?)
+}
+
+async fn veth_exists(netlink: &Netlink, device: &str) -> Result<bool, HostError> {
     let names = names(device);
     for name in [names.sender, names.receiver] {
         if netlink.link(&name).await?.is_some_and(|link| link.kind.as_deref() == Some("veth")) {
@@ -145,11 +197,42 @@ pub async fn exists(netlink: &Netlink, device: &str) -> Result<bool, HostError> 
     Ok(false)
 }
 
-/// Deletes the pair; gone already is a success. Devices of these names that are no veth are left alone.
+/// What there is of pairs, a line each.
+///
+/// # Errors
+/// The kernel does not answer.
+pub async fn remains(netlink: &Netlink, device: &str) -> Result<Vec<String>, HostError> {
+    let mut lines = Vec::new();
+    if veth_exists(netlink, device).await? {
+        lines.push(format!("link device {device}p and {device}g type veth"));
+    }
+    if room::exists(netlink, device).await? {
+        lines.push(format!("link device {device}d type veth and {device}v type vxlan, with their namespace"));
+    }
+    Ok(lines)
+}
+
+/// Deletes the pairs that are not this one.
+///
+/// # Errors
+/// Missing CAP_NET_ADMIN.
+pub async fn remove_all_but(netlink: &Netlink, device: &str, pair: &GroPair) -> Result<(), HostError> {
+    match pair.dressed {
+        true => remove_veth(netlink, device).await,
+        false => room::remove(netlink, device).await,
+    }
+}
+
+/// Deletes the pairs; gone already is a success. Devices of these names of other kinds are left alone.
 ///
 /// # Errors
 /// Missing CAP_NET_ADMIN.
 pub async fn remove(netlink: &Netlink, device: &str) -> Result<(), HostError> {
+    let room = room::remove(netlink, device).await;
+    remove_veth(netlink, device).await.and(room)
+}
+
+async fn remove_veth(netlink: &Netlink, device: &str) -> Result<(), HostError> {
     let names = names(device);
     for name in [names.sender, names.receiver] {
         if netlink.link(&name).await?.is_some_and(|link| link.kind.as_deref() == Some("veth")) {
