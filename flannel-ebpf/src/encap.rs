@@ -19,7 +19,17 @@ use crate::{
 /// Sends the packet to the node that leases its destination. What the map does not know goes on to the device's
 /// reader, which answers it as flanneld does.
 #[inline(always)]
-pub(crate) fn send(mut skb: Skb) -> i32 {
+pub(crate) fn send(skb: Skb) -> i32 {
+    send_with::<AS_SENT>(skb)
+}
+
+/// Encapsulation as it is.
+pub(crate) const AS_SENT: bool = false;
+/// Without what can't be done again and again to one packet: the Ethernet header, the marks. For measuring.
+pub(crate) const REPEATABLE: bool = true;
+
+#[inline(always)]
+pub(crate) fn send_with<const MANNER: bool>(mut skb: Skb) -> i32 {
     if !skb.is_ipv4() {
         return TC_ACT_OK;
     }
@@ -33,7 +43,7 @@ pub(crate) fn send(mut skb: Skb) -> i32 {
         count(Counter::NoPeer, traffic);
         return TC_ACT_OK;
     };
-    match encapsulate(&mut skb, settings, &inner, &peer) {
+    match encapsulate::<MANNER>(&mut skb, settings, &inner, &peer) {
         Ok(()) => {
             count(Counter::Encapsulated, traffic);
             count_sent(peer.index, traffic);
@@ -48,7 +58,12 @@ pub(crate) fn send(mut skb: Skb) -> i32 {
 
 /// Everything that changes bytes. An error is the reason to drop the packet.
 #[inline(always)]
-fn encapsulate(skb: &mut Skb, settings: &Settings, inner: &Ipv4, peer: &Peer) -> Result<(), Counter> {
+fn encapsulate<const MANNER: bool>(
+    skb: &mut Skb,
+    settings: &Settings,
+    inner: &Ipv4,
+    peer: &Peer,
+) -> Result<(), Counter> {
     let rewrite = hop(inner, 0)?;
     // Length and hash must be those of the inner packet: both change with the outer header in front.
     let datagram = Datagram {
@@ -60,9 +75,14 @@ fn encapsulate(skb: &mut Skb, settings: &Settings, inner: &Ipv4, peer: &Peer) ->
         hash: skb.flow_hash(),
     };
     rewrite.apply(skb.write::<Ipv4>(0).ok_or(Counter::EncapFailed)?);
-    make_room(skb)?;
+    match MANNER {
+        REPEATABLE => skb.grow_plainly().map_err(|_| Counter::EncapFailed)?,
+        AS_SENT => make_room(skb)?,
+    }
     *skb.write::<Outer>(0).ok_or(Counter::EncapFailed)? = outer(settings, &datagram);
-
+    if MANNER == REPEATABLE {
+        return Ok(());
+    }
     skb.add_ethernet().map_err(|_| Counter::EncapFailed)?;
     skb.write::<Ethernet>(0).ok_or(Counter::EncapFailed)?.ethertype = ETHERTYPE_IPV4.to_be_bytes();
     Ok(())

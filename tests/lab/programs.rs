@@ -86,10 +86,24 @@ impl Programs {
     /// # Errors
     /// The program and the verifier's log.
     pub fn load(settings: &Settings) -> Result<Self> {
+        Self::load_object(settings, OBJECT)
+    }
+
+    /// The programs that measure the others.
+    ///
+    /// # Errors
+    /// `cargo xtask build-ebpf` did not run, or as [`Self::load`].
+    pub fn load_measuring(settings: &Settings) -> Result<Self> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/flannel-cost.bpf.o");
+        let object = std::fs::read(path).with_context(|| format!("read {path}"))?;
+        Self::load_object(settings, &object)
+    }
+
+    fn load_object(settings: &Settings, object: &[u8]) -> Result<Self> {
         let mut ebpf = EbpfLoader::new()
             .override_global("SETTINGS", settings, true)
             .map_max_entries("PEER_COUNTERS", cpus()? * MAX_PEERS)
-            .load(OBJECT)
+            .load(object)
             .context("load the eBPF object")?;
         for (name, program) in ebpf.programs_mut().filter(|(name, _)| is_for_this_kernel(name)) {
             match program {

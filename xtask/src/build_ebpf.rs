@@ -14,8 +14,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// Where the agent's build script looks.
-const OBJECT: &str = "target/bpf/flannel.bpf.o";
+/// Where the agent's build script looks, and where the tests' benchmarks do.
+const OBJECTS: [(&str, &str); 2] =
+    [("flannel-bpf", "target/bpf/flannel.bpf.o"), ("flannel-cost", "target/bpf/flannel-cost.bpf.o")];
 /// A target folder of its own: the flags here and those of ordinary builds would invalidate each other's caches.
 const BUILD: &str = "target/bpf-build";
 const LINKER: &str = "target/tools/bin/bpf-linker";
@@ -39,8 +40,16 @@ pub(crate) fn run() -> Result<()> {
     rustc.require_sources()?;
     let linker = require_linker(root, &rustc)?;
 
-    let built = compile(root, &rustc, &linker)?;
-    let bytes = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
+    let folder = compile(root, &rustc, &linker)?;
+    for (binary, object) in OBJECTS {
+        finish(root, &rustc, &folder.join(binary), &root.join(object))?;
+    }
+    Ok(())
+}
+
+/// From what the linker made to the object as it is used.
+fn finish(root: &Path, rustc: &Rustc, built: &Path, object: &Path) -> Result<()> {
+    let bytes = fs::read(built).with_context(|| format!("read {}", built.display()))?;
     let panics =
         symbols::panicking(&bytes).with_context(|| format!("read the symbols of {}", built.display()))?;
     ensure!(
@@ -50,13 +59,13 @@ pub(crate) fn run() -> Result<()> {
         panics.join("\n  ")
     );
 
-    let object = root.join(OBJECT);
-    let fresh = strip(root, &rustc, &built, &object)?;
-    if fs::read(&object).is_ok_and(|old| old == fresh) {
-        println!("{OBJECT}: unchanged, {} KiB", fresh.len() / 1024);
+    let fresh = strip(root, rustc, built, object)?;
+    let name = object.strip_prefix(root).unwrap_or(object).display();
+    if fs::read(object).is_ok_and(|old| old == fresh) {
+        println!("{name}: unchanged, {} KiB", fresh.len() / 1024);
     } else {
-        replace(&object, &fresh)?;
-        println!("{OBJECT}: built, {} KiB", fresh.len() / 1024);
+        replace(object, &fresh)?;
+        println!("{name}: built, {} KiB", fresh.len() / 1024);
     }
     Ok(())
 }
@@ -140,7 +149,7 @@ fn shared_llvm(binary: &[u8]) -> Option<u32> {
     })
 }
 
-/// Runs cargo for the BPF target; returns the linked object with all its debug sections.
+/// Runs cargo for the BPF target; returns the folder of the linked objects with all their debug sections.
 fn compile(root: &Path, rustc: &Rustc, linker: &Path) -> Result<PathBuf> {
     let target = if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
     let arch = env::consts::ARCH;
@@ -159,14 +168,14 @@ fn compile(root: &Path, rustc: &Rustc, linker: &Path) -> Result<PathBuf> {
 
     let mut cargo = tool("cargo", root);
     cargo
-        .args(["build", "--package", "flannel-ebpf", "--bin", "flannel-bpf", "--profile", "bpf"])
+        .args(["build", "--package", "flannel-ebpf", "--bins", "--profile", "bpf"])
         .args(["--target", target, "-Z", "build-std=core", "--target-dir", BUILD])
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .env(format!("CARGO_TARGET_{}_LINKER", target.to_uppercase().replace('-', "_")), linker);
     let status = cargo.status().context("start cargo")?;
     ensure!(status.success(), "cargo could not build the eBPF programs ({status})");
-    Ok(root.join(BUILD).join(target).join("bpf/flannel-bpf"))
+    Ok(root.join(BUILD).join(target).join("bpf"))
 }
 
 /// The object without DWARF, which only `objdump -S` reads; BTF stays. The toolchain's own tool comes first, because

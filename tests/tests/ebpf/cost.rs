@@ -5,17 +5,33 @@
 //! in a tunnel in a tunnel; encapsulation can't be repeated, and a single run is measured against a single run of a
 //! program that does nothing.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use flannel_common::tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings};
-use flannel_tests::programs::Programs;
+use flannel_tests::programs::{
+    Context, Programs,
+    verdict::{TC_OK, XDP_PASS},
+};
 use libtest_mimic::{Failed, Measurement, Trial};
 
 use crate::packets::{
-    Ip, NODE, OVERHEAD, OWN, POD, REMOTE_POD, TCP, datagram, ethernet, frame, peer, settings, transport,
+    Ip, NODE, OVERHEAD, OWN, POD, REMOTE_POD, TCP, datagram, ethernet, frame, peer, peer_subnet, settings,
+    transport,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
+        bench("cost::tc_both_ways", || warm("cost_tc", 0, &outgoing())),
+        bench("cost::tc_both_ways_observed", || warm("cost_tc", SOURCE_CHECK_OBSERVE, &outgoing())),
+        bench("cost::tc_both_ways_helpers_alone", || warm("cost_tc_helpers", 0, &outgoing())),
+        bench("cost::tc_both_ways_room_alone", || warm("cost_tc_room", 0, &outgoing())),
+        bench("cost::tc_both_ways_nothing", || warm("cost_tc_nothing", 0, &outgoing())),
+        bench("cost::xdp_and_back", || warm("cost_xdp", 0, &frame(&Ip::default()))),
+        bench("cost::xdp_and_back_observed", || {
+            warm("cost_xdp", SOURCE_CHECK_OBSERVE, &frame(&Ip::default()))
+        }),
+        bench("cost::xdp_and_back_helpers_alone", || warm("cost_xdp_helpers", 0, &frame(&Ip::default()))),
+        bench("cost::xdp_and_back_room_alone", || warm("cost_xdp_room", 0, &frame(&Ip::default()))),
+        bench("cost::xdp_and_back_nothing", || warm("cost_xdp_nothing", 0, &frame(&Ip::default()))),
         bench("cost::encap_once", || once("flannel_encap", "flannel_gro", 0, &outgoing())),
         bench("cost::tc_decap_once", || once("flannel_ingress", "flannel_gro", 0, &frame(&Ip::default()))),
         bench("cost::tc_decap_once_enforced", || {
@@ -71,6 +87,24 @@ fn load(flags: u16) -> Result<Programs> {
         programs.add_peer(subnet.into(), peer(2))?;
     }
     Ok(programs)
+}
+
+/// What leaves the packet as it found it, many times: no cold caches, as under load.
+fn warm(program: &str, flags: u16, packet: &[u8]) -> Result<Vec<u64>> {
+    let mut programs =
+        Programs::load_measuring(&Settings { network: 0, network_mask: 0, ..settings(flags) })?;
+    programs.add_peer(peer_subnet(), peer(2))?;
+    // Twice: what one run leaves changed stops the next.
+    for _ in 0..2 {
+        let run = programs.run(program, packet, Context::Plain)?;
+        let drops: u64 =
+            run.counted.iter().filter(|(counter, _)| counter.is_drop()).map(|(_, c)| c.packets).sum();
+        ensure!(
+            matches!(run.verdict, TC_OK | XDP_PASS) && run.packet == packet && drops == 0,
+            "{program}: {run:?}"
+        );
+    }
+    (0..20).map(|_| Ok(programs.time(program, packet, 200_000)?.as_nanos() as u64)).collect()
 }
 
 fn once(program: &str, nothing: &str, flags: u16, packet: &[u8]) -> Result<Vec<u64>> {
