@@ -167,15 +167,17 @@ impl<H: Host> Agent<H> {
 
     async fn turn(&mut self, orders: &Orders, questions: &mut mpsc::Receiver<Question>) -> End {
         let mut events = self.node.store.watch();
-        self.look().await;
-        self.found_nothing = self.applied.as_ref().is_some_and(HostState::is_empty);
-        self.inherit_paths();
-        // Usually a matter of milliseconds, and it spares a pass with half the truth.
-        tokio::select! {
+        // The store's first word is usually a matter of milliseconds, and spares a pass with half the truth.
+        let first_word = tokio::time::timeout(FIRST_WORD, events.next());
+        let first_word = tokio::select! {
             () = orders.stop.cancelled() => return End::Stopped,
             () = orders.leave.cancelled() => return End::Left,
-            () = tokio::time::sleep(FIRST_WORD) => {}
-            event = events.next() => if let Some(event) = event { self.fold(event) },
+            ((), first_word) = async { tokio::join!(self.look(), first_word) } => first_word,
+        };
+        self.found_nothing = self.applied.as_ref().is_some_and(HostState::is_empty);
+        self.inherit_paths();
+        if let Ok(Some(event)) = first_word {
+            self.fold(event);
         }
         self.tenure.begin(&self.node.lease, now());
         let mut next_look = after(jittered(LOOK_AGAIN));
@@ -388,7 +390,9 @@ impl<H: Host> Agent<H> {
 
     /// Says how far the host is from what is wanted, and publishes the subnet once its own part is in place.
     fn settle(&mut self, outstanding: usize) {
-        if outstanding == 0 {
+        if let (0, Some(coming)) = (outstanding, self.host.coming()) {
+            self.health.wait("host", coming);
+        } else if outstanding == 0 {
             if self.health.done("host") {
                 tracing::info!(peers = self.peers.len(), "the host looks as it should");
             }

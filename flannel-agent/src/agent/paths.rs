@@ -20,7 +20,7 @@ impl<H: Host> Agent<H> {
         for item in applied.iter() {
             if let HostItem::Route(route) = item
                 && let (Some(mtu), ipnet::IpNet::V4(subnet)) = (route.mtu, route.destination)
-                && devices.contains(&route.device)
+                && devices.iter().any(|device| **device == *route.device)
             {
                 self.paths.inherit(subnet, mtu);
             }

@@ -50,7 +50,6 @@ enum What {
 }
 
 /// What came of waiting.
-#[expect(clippy::large_enum_variant, reason = "there is one at a time, on the stack")]
 pub(super) enum Event {
     Due(Due),
     Answer { retake: bool, result: Result<Lease, StoreError> },

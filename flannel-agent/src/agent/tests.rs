@@ -184,7 +184,7 @@ async fn what_a_former_run_left_is_swept_after_the_first_snapshot_only() {
     let stale = HostItem::Route(crate::domain::host_state::Route {
         destination: "10.1.200.0/24".parse().unwrap(),
         via: Some("192.0.2.200".parse().unwrap()),
-        device: "eth0".to_owned(),
+        device: "eth0".into(),
         onlink: false,
         source: None,
         mtu: None,
@@ -199,7 +199,7 @@ async fn what_a_former_run_left_is_swept_after_the_first_snapshot_only() {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_removed_while_the_peers_are_unknown() {
     let peer = HostItem::TunnelPeer(crate::domain::host_state::TunnelPeer {
-        device: "flannel0".to_owned(),
+        device: "flannel0".into(),
         subnet: "10.1.9.0/24".parse().unwrap(),
         node: "192.0.2.9".parse().unwrap(),
     });
@@ -480,7 +480,7 @@ async fn a_narrow_path_is_inherited_from_a_former_run() {
     let route = HostItem::Route(crate::domain::host_state::Route {
         destination: "10.1.9.0/24".parse().unwrap(),
         via: None,
-        device: "flannel0".to_owned(),
+        device: "flannel0".into(),
         onlink: false,
         source: None,
         mtu: Some(1372),

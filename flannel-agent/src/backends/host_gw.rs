@@ -3,6 +3,7 @@
 //! Needs all nodes on one link. IPv4 and IPv6 are one loop.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -18,6 +19,8 @@ const TYPE: &str = "host-gw";
 
 pub(super) struct HostGw {
     interface: ExternalInterface,
+    /// Its name, shared by all routes.
+    device: Arc<str>,
 }
 
 impl HostGw {
@@ -32,14 +35,15 @@ impl HostGw {
                 return Err(elsewhere(public, address));
             }
         }
-        Ok(Self { interface })
+        let device = interface.name.as_str().into();
+        Ok(Self { interface, device })
     }
 
     fn route(&self, destination: IpNet, via: IpAddr) -> HostItem {
         HostItem::Route(Route {
             destination,
             via: Some(via),
-            device: self.interface.name.clone(),
+            device: self.device.clone(),
             onlink: false,
             source: None,
             mtu: None,

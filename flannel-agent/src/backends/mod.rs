@@ -107,6 +107,6 @@ fn published(interface: &ExternalInterface, backend_type: &str) -> LeaseAttrs {
         backend_type: backend_type.to_owned(),
         backend_data: None,
         backend_v6_data: None,
-        unknown: serde_json::Map::new(),
+        unknown: Vec::new(),
     }
 }

@@ -4,6 +4,7 @@
 //! it, the tunnel, one peer per lease, and a route of its own to a peer whose path carries less than the tunnel. Which tier carries the packets is the host's part.
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -120,6 +121,7 @@ impl Backend for Udp {
     fn desired(&self, own: &Lease, peers: &Peers, paths: &PathMtus) -> HostState {
         let Some(own_subnet) = own.subnets.v4 else { return HostState::new() };
         let device = &self.context.tunnel_device;
+        let shared: Arc<str> = device.as_str().into();
         let fixed = [
             HostItem::Link(Link { name: device.clone(), kind: LinkKind::Tun, mtu: self.mtu }),
             HostItem::Address(Address {
@@ -140,7 +142,7 @@ impl Backend for Udp {
             HostItem::Route(Route {
                 destination: self.network.into(),
                 via: None,
-                device: device.clone(),
+                device: shared.clone(),
                 onlink: false,
                 source: None,
                 mtu: None,
@@ -149,7 +151,7 @@ impl Backend for Udp {
         // Whatever backend a peer names, it gets our datagrams: flanneld does not look either (contract T6).
         let peers = peers.iter().filter_map(|peer| {
             Some(HostItem::TunnelPeer(TunnelPeer {
-                device: device.clone(),
+                device: shared.clone(),
                 subnet: peer.subnets.v4?,
                 node: peer.attrs.public_ip,
             }))
@@ -159,7 +161,7 @@ impl Backend for Udp {
             HostItem::Route(Route {
                 destination: subnet.into(),
                 via: None,
-                device: device.clone(),
+                device: shared.clone(),
                 onlink: false,
                 source: None,
                 mtu: Some(mtu),

@@ -9,10 +9,13 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::borrow::Borrow;
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -113,7 +116,8 @@ pub enum SourcePort {
 /// One remote node of the tunnel on `device`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TunnelPeer {
-    pub device: String,
+    /// Shared by all peers.
+    pub device: Arc<str>,
     pub subnet: Ipv4Net,
     pub node: Ipv4Addr,
 }
@@ -123,7 +127,8 @@ pub struct TunnelPeer {
 pub struct Route {
     pub destination: IpNet,
     pub via: Option<IpAddr>,
-    pub device: String,
+    /// Shared by all routes over it.
+    pub device: Arc<str>,
     /// Treat `via` as reachable on `device` whatever the other routes say.
     pub onlink: bool,
     /// Preferred source address of packets this host sends.
@@ -151,8 +156,100 @@ pub enum Key {
     Sysctl(String),
     Address(String, IpNet),
     Tunnel(String),
-    TunnelPeer(String, Ipv4Net),
+    TunnelPeer(Arc<str>, Ipv4Net),
     Route(IpNet),
+}
+
+/// A [`Key`] that borrows its names. The order of the variants is [`Key`]'s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum KeyRef<'a> {
+    Link(&'a str),
+    Sysctl(&'a str),
+    Address(&'a str, IpNet),
+    Tunnel(&'a str),
+    TunnelPeer(&'a str, Ipv4Net),
+    Route(IpNet),
+}
+
+/// What has a key: lets a set of items be asked by key without keeping the keys beside them.
+trait Keyed {
+    fn key_ref(&self) -> KeyRef<'_>;
+}
+
+impl Keyed for Key {
+    fn key_ref(&self) -> KeyRef<'_> {
+        match self {
+            Self::Link(name) => KeyRef::Link(name),
+            Self::Sysctl(key) => KeyRef::Sysctl(key),
+            Self::Address(device, net) => KeyRef::Address(device, *net),
+            Self::Tunnel(device) => KeyRef::Tunnel(device),
+            Self::TunnelPeer(device, subnet) => KeyRef::TunnelPeer(device, *subnet),
+            Self::Route(destination) => KeyRef::Route(*destination),
+        }
+    }
+}
+
+/// An item, found by its key.
+#[derive(Clone, Debug)]
+struct ByKey(HostItem);
+
+impl Keyed for ByKey {
+    fn key_ref(&self) -> KeyRef<'_> {
+        match &self.0 {
+            HostItem::Link(link) => KeyRef::Link(&link.name),
+            HostItem::Sysctl(sysctl) => KeyRef::Sysctl(&sysctl.key),
+            HostItem::Address(address) => KeyRef::Address(&address.device, address.net),
+            HostItem::Tunnel(tunnel) => KeyRef::Tunnel(&tunnel.device),
+            HostItem::TunnelPeer(peer) => KeyRef::TunnelPeer(&peer.device, peer.subnet),
+            HostItem::Route(route) => KeyRef::Route(route.destination),
+        }
+    }
+}
+
+impl PartialEq for ByKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.key_ref() == other.key_ref()
+    }
+}
+
+impl Eq for ByKey {}
+
+impl PartialOrd for ByKey {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for ByKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.key_ref().cmp(&other.key_ref())
+    }
+}
+
+impl<'a> Borrow<dyn Keyed + 'a> for ByKey {
+    fn borrow(&self) -> &(dyn Keyed + 'a) {
+        self
+    }
+}
+
+impl PartialEq for dyn Keyed + '_ {
+    fn eq(&self, other: &Self) -> bool {
+        self.key_ref() == other.key_ref()
+    }
+}
+
+impl Eq for dyn Keyed + '_ {}
+
+impl PartialOrd for dyn Keyed + '_ {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for dyn Keyed + '_ {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.key_ref().cmp(&other.key_ref())
+    }
 }
 
 impl HostItem {
@@ -206,10 +303,18 @@ impl Change {
 }
 
 /// A set of items, at most one per [`Key`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct HostState {
-    items: BTreeMap<Key, HostItem>,
+    items: BTreeSet<ByKey>,
 }
+
+impl PartialEq for HostState {
+    fn eq(&self, other: &Self) -> bool {
+        self.iter().eq(other.iter())
+    }
+}
+
+impl Eq for HostState {}
 
 impl HostState {
     pub fn new() -> Self {
@@ -218,24 +323,24 @@ impl HostState {
 
     /// Adds or replaces.
     pub fn insert(&mut self, item: HostItem) {
-        self.items.insert(item.key(), item);
+        self.items.replace(ByKey(item));
     }
 
     pub fn remove(&mut self, key: &Key) -> Option<HostItem> {
-        self.items.remove(key)
+        self.items.take(key as &dyn Keyed).map(|found| found.0)
     }
 
     pub fn get(&self, key: &Key) -> Option<&HostItem> {
-        self.items.get(key)
+        self.items.get(key as &dyn Keyed).map(|found| &found.0)
     }
 
     pub fn contains(&self, item: &HostItem) -> bool {
-        self.items.get(&item.key()) == Some(item)
+        self.get(&item.key()) == Some(item)
     }
 
     /// In creation order.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &HostItem> {
-        self.items.values()
+        self.items.iter().map(|item| &item.0)
     }
 
     pub fn len(&self) -> usize {
@@ -251,7 +356,7 @@ impl HostState {
         match change {
             Change::Put(item) => self.insert(item.clone()),
             Change::Remove(item) => {
-                self.items.remove(&item.key());
+                self.remove(&item.key());
             }
         }
     }
@@ -259,24 +364,35 @@ impl HostState {
     /// The steps that turn `self` into `wanted`: first every put in creation order, then every removal in reverse
     /// order. Puts come first so that a thing that moves is replaced and never missing.
     pub fn changes_to(&self, wanted: &Self) -> Vec<Change> {
-        let puts = wanted.items.values().filter(|item| !self.contains(item)).cloned().map(Change::Put);
-        let removals = self
-            .items
-            .iter()
-            .rev()
-            .filter(|(key, _)| !wanted.items.contains_key(*key))
-            .map(|(_, item)| Change::Remove(item.clone()));
-        puts.chain(removals).collect()
+        let (mut puts, mut removals) = (Vec::new(), Vec::new());
+        // Side by side, since both are in order: a pass is made for every change among thousands of items.
+        let (mut present, mut wanted) = (self.items.iter().peekable(), wanted.items.iter().peekable());
+        loop {
+            let order = match (present.peek(), wanted.peek()) {
+                (None, None) => break,
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (Some(present), Some(wanted)) => present.cmp(wanted),
+            };
+            let present = if order.is_le() { present.next() } else { None };
+            let wanted = if order.is_ge() { wanted.next() } else { None };
+            match (present, wanted) {
+                (Some(ByKey(present)), None) => removals.push(Change::Remove(present.clone())),
+                (present, Some(ByKey(wanted))) if present.is_none_or(|ByKey(present)| present != wanted) => {
+                    puts.push(Change::Put(wanted.clone()));
+                }
+                _ => {}
+            }
+        }
+        puts.extend(removals.into_iter().rev());
+        puts
     }
 }
 
 impl FromIterator<HostItem> for HostState {
+    /// Of two items with one key the last stays.
     fn from_iter<I: IntoIterator<Item = HostItem>>(items: I) -> Self {
-        let mut state = Self::new();
-        for item in items {
-            state.insert(item);
-        }
-        state
+        Self { items: items.into_iter().map(ByKey).collect() }
     }
 }
 

@@ -47,7 +47,6 @@ pub enum Changed {
 
 /// What the store says about the lease we hold.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "there is one at a time, on the stack")]
 pub enum OwnLease {
     /// Deleted, expired, or held by a node with another public address. Said once until it is back.
     Gone,

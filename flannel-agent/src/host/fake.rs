@@ -134,14 +134,14 @@ fn remove(state: &mut HostState, key: &Key) {
     state.remove(key);
     if let Key::Link(name) = key {
         let hanging: Vec<Key> =
-            state.iter().filter(|item| device_of(item) == Some(name)).map(HostItem::key).collect();
+            state.iter().filter(|item| device_of(item) == Some(name.as_str())).map(HostItem::key).collect();
         for key in hanging {
             state.remove(&key);
         }
     }
 }
 
-fn device_of(item: &HostItem) -> Option<&String> {
+fn device_of(item: &HostItem) -> Option<&str> {
     match item {
         HostItem::Link(_) | HostItem::Sysctl(_) => None,
         HostItem::Address(address) => Some(&address.device),

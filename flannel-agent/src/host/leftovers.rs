@@ -85,7 +85,7 @@ pub async fn routes(netlink: &Netlink, links: &[LinkInfo]) -> Result<Vec<Leftove
         .into_iter()
         .filter(|route| route.unicast && route.plain && route.has_default_metric())
         .filter_map(|route| {
-            let device = links.iter().find(|link| Some(link.index) == route.ifindex)?.name.clone();
+            let device = links.iter().find(|link| Some(link.index) == route.ifindex)?.name.as_str().into();
             Some(Leftover::Route(Route {
                 destination: route.destination,
                 via: route.via,

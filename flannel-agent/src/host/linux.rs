@@ -17,6 +17,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::mem::discriminant;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use ipnet::{IpNet, Ipv4Net};
@@ -207,7 +208,7 @@ impl LinuxHost {
 
     /// Destinations of the routes that the kernel made for addresses on devices that are not ours, and those
     /// devices. Ours would replace them; the addresses would be cut off.
-    async fn kernel_routes(&self) -> Result<HashMap<IpNet, String>, HostError> {
+    async fn kernel_routes(&self) -> Result<HashMap<IpNet, Arc<str>>, HostError> {
         const RTPROT_KERNEL: u8 = 2;
         let routes = self.netlink.routes(Some(RTPROT_KERNEL)).await?;
         let names = names(&self.netlink.links().await?);
@@ -215,7 +216,7 @@ impl LinuxHost {
             .into_iter()
             .filter(|route| route.unicast && route.has_default_metric())
             .filter_map(|route| Some((route.destination, names.get(&route.ifindex?)?.clone())))
-            .filter(|(_, device)| !self.scope.devices.contains(device))
+            .filter(|(_, device)| !self.scope.has_device(device))
             .collect())
     }
 }
@@ -224,6 +225,10 @@ impl LinuxHost {
 impl Host for LinuxHost {
     fn reports(&self) -> Vec<TunnelReport> {
         self.tunnels.reports()
+    }
+
+    fn coming(&self) -> Option<&'static str> {
+        self.tunnels.await_kernel().then_some("user space carries packets until the kernel does")
     }
 
     async fn observe(&mut self) -> Result<HostState, HostError> {
@@ -259,7 +264,9 @@ impl Host for LinuxHost {
     }
 
     async fn facts(&mut self, selectors: &[Selector]) -> Result<HostFacts, HostError> {
-        interfaces::facts(&self.netlink, selectors).await
+        let facts = interfaces::facts(&self.netlink, selectors).await?;
+        self.events.know_mtus(facts.interfaces.iter().map(|interface| (interface.index, interface.mtu)));
+        Ok(facts)
     }
 
     async fn news(&mut self) -> News {
@@ -290,17 +297,17 @@ impl Scope {
             .then(|| HostItem::Link(Link { name: link.name.clone(), kind: LinkKind::Tun, mtu: link.mtu }))
     }
 
-    fn address(&self, address: &AddressEntry, names: &HashMap<u32, String>) -> Option<HostItem> {
+    fn address(&self, address: &AddressEntry, names: &HashMap<u32, Arc<str>>) -> Option<HostItem> {
         let device = names.get(&address.ifindex)?;
         let automatic = match address.net {
             IpNet::V4(_) => false,
             IpNet::V6(net) => net.addr().is_unicast_link_local(),
         };
         (self.has_device(device) && !automatic)
-            .then(|| HostItem::Address(Address { device: device.clone(), net: address.net }))
+            .then(|| HostItem::Address(Address { device: device.to_string(), net: address.net }))
     }
 
-    fn route(&self, route: &RouteEntry, names: &HashMap<u32, String>) -> Option<HostItem> {
+    fn route(&self, route: &RouteEntry, names: &HashMap<u32, Arc<str>>) -> Option<HostItem> {
         let device = names.get(&route.ifindex?)?;
         let in_scope = self.has_device(device)
             || self.networks.iter().any(|network| network.contains(&route.destination));
@@ -324,8 +331,8 @@ fn is_as_made(link: &LinkInfo) -> bool {
     link.tun.is_some_and(|tun| tun.persistent && tun.multi_queue && tun.vnet_header)
 }
 
-fn names(links: &[LinkInfo]) -> HashMap<u32, String> {
-    links.iter().map(|link| (link.index, link.name.clone())).collect()
+fn names(links: &[LinkInfo]) -> HashMap<u32, Arc<str>> {
+    links.iter().map(|link| (link.index, link.name.as_str().into())).collect()
 }
 
 fn same_kind(a: &Change, b: &Change) -> bool {
@@ -372,8 +379,8 @@ mod tests {
         }
     }
 
-    fn names() -> HashMap<u32, String> {
-        [(2, "eth0".to_owned()), (7, "flannel0".to_owned())].into()
+    fn names() -> HashMap<u32, Arc<str>> {
+        [(2, "eth0".into()), (7, "flannel0".into())].into()
     }
 
     #[test]

@@ -56,6 +56,11 @@ pub trait Host: Send {
     /// Packets sent to each of these peers through a tunnel so far.
     async fn sent(&mut self, subnets: &[Ipv4Net]) -> Vec<u64>;
 
+    /// What is done at once after [`Host::news`], although nothing is missing: packets flow already, and will better.
+    fn coming(&self) -> Option<&'static str> {
+        None
+    }
+
     /// What each tunnel does and has counted; nothing where there are none.
     fn reports(&self) -> Vec<TunnelReport> {
         Vec::new()

@@ -1,6 +1,7 @@
 //! What is expected where.
 
-use flannel_tests::kernel::TCX;
+use anyhow::Result;
+use flannel_tests::{kernel::TCX, namespace::Namespace};
 
 /// How the tc programs hang on their interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +10,16 @@ pub(crate) enum Attachment {
     Tcx,
     /// Filters on the clsact qdisc.
     Clsact,
+}
+
+/// Debian's kernels have it; a bridge that could filter says that it does not.
+pub(crate) fn has_vlan_filtering(host: &Namespace) -> Result<bool> {
+    Ok(host.ip("-d link show dev cni0")?.contains("vlan_filtering 0"))
+}
+
+/// A module on all of Debian's.
+pub(crate) fn has_ebtables(host: &Namespace) -> bool {
+    host.output("modprobe --dry-run ebtable_filter").is_ok()
 }
 
 pub(crate) fn attachment() -> Attachment {

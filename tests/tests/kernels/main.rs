@@ -7,6 +7,7 @@
 
 mod expected;
 mod hosts;
+mod shortcut;
 mod tiers;
 
 use std::process::ExitCode;

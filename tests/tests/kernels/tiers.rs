@@ -17,12 +17,13 @@ use libtest_mimic::Trial;
 use crate::{
     expected::{Attachment, attachment},
     hosts::Hosts,
+    shortcut,
 };
 
 const STREAM: u64 = 2 << 20;
 
 /// A value of `--udp-datapath` and what it comes to between two hosts whose interfaces are veth.
-struct Choice {
+pub(crate) struct Choice {
     option: &'static str,
     path: &'static str,
     /// Of the reason.
@@ -81,6 +82,10 @@ pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
             // What xdp becomes, too.
             "ebpf" => {}
             _ => add(format!("over_{option}_nothing_is_lost_when_an_agent_is_killed_and_returns"), killed),
+        }
+        if *option == "auto" {
+            add("vlans_on_the_pods_bridge_end_the_shortcut_until_they_go".to_owned(), shortcut::vlans);
+            add("ebtables_ends_the_shortcut_until_it_goes".to_owned(), shortcut::ebtables);
         }
         if matches!(*option, "xdp" | "tc") {
             add(format!("over_{option}_nothing_is_lost_by_a_change_of_the_map_layout"), another_layout);
@@ -141,7 +146,7 @@ impl Choice {
 }
 
 /// Waits until both hosts have the tier of the choice, and that it carries.
-fn settle(lab: &Lab, choice: &Choice) -> Result<()> {
+pub(crate) fn settle(lab: &Lab, choice: &Choice) -> Result<()> {
     // Proving that XDP's marks arrive takes packets.
     if choice.path == "xdp" {
         lab.ping_all_pairs(3)?;

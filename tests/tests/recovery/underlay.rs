@@ -53,6 +53,14 @@ pub(crate) fn trials() -> Vec<Trial> {
         ));
     }
     trials.push(scenario(
+        "a_changed_mtu_is_followed_at_once_also_while_other_news_is_held_back".to_owned(),
+        Lab::new("mtu-at-once"),
+        |lab| {
+            lab.bring_up(&["tc"; 2])?;
+            mtu_at_once(lab.host(1))
+        },
+    ));
+    trials.push(scenario(
         "xdp_for_large_frames_gives_way_to_the_plain_build_when_the_mtu_falls".to_owned(),
         Lab::new("mtu-frags").mtu(9000),
         |lab| {
@@ -96,6 +104,33 @@ fn follows(host: &Host, tier: &str, mtu: u32) -> Result<Duration> {
             "not at {wanted} within {SOON:?}: {devices:?} {mtus:?}, subnet.env {env}, status {status:?}"
         );
     }
+}
+
+/// A look at the host is followed by no other for 400 ms, unless an MTU changes: packets that no longer fit are lost until the
+/// tunnel has followed.
+fn mtu_at_once(host: &Host) -> Result<()> {
+    const AT_ONCE: Duration = Duration::from_millis(200);
+    let mut times = Vec::new();
+    for mtu in [1400, 1500, 1300, 1500, 1400, 1500, 1300] {
+        sleep(Duration::from_millis(600));
+        // Brings a look after 50 ms, and begins the pause.
+        host.netns().ip("addr add 192.0.2.77/32 dev lo")?;
+        sleep(Duration::from_millis(100));
+        let started = Instant::now();
+        host.netns().ip(&format!("link set eth0 mtu {mtu}"))?;
+        while device_mtu(host, "flannel0")? != mtu - 28 {
+            ensure!(started.elapsed() < SOON, "flannel0 does not follow {mtu} within {SOON:?}");
+        }
+        times.push(started.elapsed());
+        host.netns().ip("addr del 192.0.2.77/32 dev lo")?;
+    }
+    times.sort();
+    println!("flannel0 follows after {times:?}");
+    ensure!(
+        times[times.len() / 2] < AT_ONCE,
+        "flannel0 follows after {times:?}, {AT_ONCE:?} or less is right"
+    );
+    Ok(())
 }
 
 /// Down and up again, without a ping lost.

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         ("a_foreign_xdp_program_stays_and_tc_is_taken_until_it_leaves", strangers::foreign_xdp),
         ("clsact_is_replaced_in_place_and_leaves_others_alone", strangers::clsact),
         ("a_new_agent_takes_over_without_losing_a_packet", takeover::nothing_lost),
+        ("user_space_begins_and_the_kernel_takes_over_without_losing_a_packet", takeover::from_nothing),
         ("packets_flow_on_while_no_agent_runs", takeover::no_agent),
         ("counters_and_peers_survive_the_agent", takeover::counters_survive),
         ("a_pinned_map_of_another_shape_is_replaced", takeover::stale_map),

@@ -316,7 +316,7 @@ impl Drop for Node {
 }
 
 pub(crate) fn peer(subnet: &str, node: Ipv4Addr) -> TunnelPeer {
-    TunnelPeer { device: DEVICE.to_owned(), subnet: subnet.parse().unwrap(), node }
+    TunnelPeer { device: DEVICE.into(), subnet: subnet.parse().unwrap(), node }
 }
 
 /// Both nodes, their devices up, no agent yet.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -34,6 +35,35 @@ pub(crate) fn nothing_lost() -> Result<()> {
         ensure!(sent > 1000, "only {sent} datagrams: the takeovers were not under load");
         let (xdp, tc) = (rig.b.count("decap_xdp")?, rig.b.count("decap_tc")?);
         ensure!(xdp + tc >= sent && if tier == "xdp" { xdp > 0 } else { xdp == 0 }, "{:?}", rig.b.report()?);
+        ensure!(rig.b.count("source_refused")? == 0 && rig.a.count("no_peer")? == 0);
+    }
+    Ok(())
+}
+
+/// Where nothing carries yet, packets flow before any program hangs anywhere; and the programs know the peers when they are
+/// hung up, or they would refuse what user space took.
+pub(crate) fn from_nothing() -> Result<()> {
+    for _ in 0..5 {
+        let rig = Rig::new()?;
+        for node in [&rig.a, &rig.b] {
+            node.up(Datapath::Auto)?;
+            ensure!(node.tier()? == "tun" && node.is_in_place()?, "{:?}", node.report()?);
+            ensure!(!node.pins().exists(), "the kernel's part is there already");
+        }
+        rig.talks()?;
+        let flood = rig.flood()?;
+        sleep(Duration::from_millis(100));
+        for node in [&rig.b, &rig.a] {
+            node.disturbed_within(Duration::from_secs(1))?;
+            ensure!(!node.is_in_place()?, "the agent would not put it again");
+            node.put(node.tunnel(Datapath::Auto))?;
+            ensure!(node.tier()? == "tc+gro" && node.is_in_place()?, "{:?}", node.report()?);
+            ensure!(node.observe()?.contains(&HostItem::TunnelPeer(node.other())));
+            sleep(Duration::from_millis(100));
+        }
+        let sent = flood.end_complete()?;
+        ensure!(sent > 500, "only {sent} datagrams");
+        ensure!(rig.a.count("encapsulated")? > 0 && rig.b.count("decap_tc")? > 0, "{:?}", rig.b.report()?);
         ensure!(rig.b.count("source_refused")? == 0 && rig.a.count("no_peer")? == 0);
     }
     Ok(())

@@ -245,6 +245,9 @@ pub(crate) fn unprivileged() -> Result<()> {
     fs::create_dir_all(rig.b.pins())?;
     rig.b.run(drop_bpf);
     rig.b.up(Datapath::Auto)?;
+    // User space has begun; the kernel's part is tried next.
+    rig.b.disturbed_within(Duration::from_secs(1))?;
+    rig.b.put(rig.b.tunnel(Datapath::Auto))?;
     let report = rig.b.report()?;
     ensure!(report.tier.name() == "tun", "{report:?}");
     ensure!(report.reason.ends_with("needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"), "{}", report.reason);

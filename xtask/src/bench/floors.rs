@@ -5,7 +5,9 @@ use std::fmt;
 
 use super::{
     figures::Metric,
+    peers::Peers,
     rest::Rest,
+    start::Started,
     stores::{LEASES, Stores},
     traffic::{Measured, Mode},
     variants::{HOST_GW, PROXY, VXLAN},
@@ -146,6 +148,59 @@ pub(super) fn judge_stores(stores: &[Stores], rest: &[Rest]) -> Vec<Broken> {
         .collect()
 }
 
+/// What a start may take, ms: twice what is wanted of it.
+const START: f64 = 50.0;
+
+/// Start to ready.
+pub(super) fn judge_start(started: &Started) -> Vec<Broken> {
+    [("fresh", started.fresh), ("reused", started.reused)]
+        .into_iter()
+        .filter(|(_, figures)| figures.median > START)
+        .map(|(lease, figures)| Broken {
+            text: format!(
+                "start to ready, {lease} lease: {:.1} ms ({:.1}–{:.1}), at most {START} is right",
+                figures.median, figures.least, figures.most
+            ),
+        })
+        .collect()
+}
+
+/// What a network of so many peers may take: times are twice or more what is wanted, memory is no matter of luck.
+struct Limits {
+    peers: u32,
+    udp: f64,
+    host_gw: f64,
+    change: f64,
+    memory: f64,
+}
+
+const LIMITS: [Limits; 2] = [
+    Limits { peers: 100, udp: 200.0, host_gw: 200.0, change: 40.0, memory: 12.0 },
+    Limits { peers: 10_000, udp: 1000.0, host_gw: 3000.0, change: 40.0, memory: 25.0 },
+];
+
+/// Large networks; numbers of peers without a limit are not judged.
+pub(super) fn judge_peers(measured: &[Peers]) -> Vec<Broken> {
+    let mut broken = Vec::new();
+    for row in measured {
+        let Some(limits) = LIMITS.iter().find(|limits| limits.peers == row.count) else { continue };
+        let start = if row.backend == "udp" { limits.udp } else { limits.host_gw };
+        for (what, figure, most, unit) in [
+            ("start to programmed", row.start, start, "ms"),
+            ("one change", row.change.median, limits.change, "ms"),
+            ("RSS at rest", row.memory, limits.memory, "MB"),
+        ] {
+            if figure > most {
+                let (backend, count) = (row.backend, row.count);
+                let text =
+                    format!("{backend}, {count} peers, {what}: {figure:.1} {unit}, at most {most} is right");
+                broken.push(Broken { text });
+            }
+        }
+    }
+    broken
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,6 +237,29 @@ mod tests {
                 "etcd, 1000 leases: a change at every agent, ms: 50.50, at most 50 is right",
                 "etcd, udp, 1000 peers: store gone, % of a core: 0.61, at most 0.5 is right",
             ]
+        );
+    }
+
+    #[test]
+    fn a_start_or_a_large_network_that_takes_too_much_is_named() {
+        let figures = |median| Summary { median, least: 1.0, most: 99.0 };
+        let started = Started { fresh: figures(60.5), in_kernel: figures(999.0), reused: figures(20.0) };
+        let texts = |broken: Vec<Broken>| broken.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(
+            texts(judge_start(&started)),
+            ["start to ready, fresh lease: 60.5 ms (1.0–99.0), at most 50 is right"]
+        );
+        let row = |count, memory| Peers {
+            backend: "udp",
+            count,
+            start: 40.0,
+            restart: 40.0,
+            change: figures(1.0),
+            memory,
+        };
+        assert_eq!(
+            texts(judge_peers(&[row(100, 12.5), row(1000, 99.0), row(10_000, 24.0)])),
+            ["udp, 100 peers, RSS at rest: 12.5 MB, at most 12 is right"]
         );
     }
 

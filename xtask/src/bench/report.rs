@@ -52,8 +52,8 @@ impl Report {
                 json!({
                     "backend": peers.backend,
                     "peers": peers.count,
-                    "start_to_ready_ms": peers.start,
-                    "restart_to_ready_ms": peers.restart,
+                    "start_to_programmed_ms": peers.start,
+                    "restart_to_programmed_ms": peers.restart,
                     "one_change_ms": summary(peers.change),
                     "rss_mb": peers.memory,
                 })
@@ -64,6 +64,7 @@ impl Report {
             "traffic": traffic,
             "start_to_ready_ms": self.started.as_ref().map(|started| json!({
                 "fresh_lease": summary(started.fresh),
+                "fresh_lease_in_kernel": summary(started.in_kernel),
                 "reused_lease": summary(started.reused),
             })),
             "peers": peers,

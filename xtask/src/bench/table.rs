@@ -62,6 +62,7 @@ fn range(summary: Summary) -> String {
 pub(super) fn start(started: &Started) -> Table {
     let mut table = new(&["start to ready", "ms"]);
     table.add_row(["fresh lease".to_owned(), range(started.fresh)]);
+    table.add_row(["fresh lease, in the kernel".to_owned(), range(started.in_kernel)]);
     table.add_row(["reused lease".to_owned(), range(started.reused)]);
     table
 }
@@ -95,7 +96,7 @@ pub(super) fn peers(rows: &[Peers]) -> Table {
     let mut table = new(&[
         "backend",
         "peers",
-        "start to ready, ms",
+        "start to programmed, ms",
         "after a crash, ms",
         "one change, ms",
         "RSS at rest, MB",

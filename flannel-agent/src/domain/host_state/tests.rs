@@ -46,14 +46,14 @@ fn item(line: &str) -> HostItem {
             })
         }
         "peer" => HostItem::TunnelPeer(TunnelPeer {
-            device: device(),
+            device: device().into(),
             subnet: words[1].parse().unwrap(),
             node: after("at").unwrap().parse().unwrap(),
         }),
         "route" => HostItem::Route(Route {
             destination: words[1].parse().unwrap(),
             via: after("via").map(|via| via.parse().unwrap()),
-            device: device(),
+            device: device().into(),
             onlink: words.contains(&"onlink"),
             source: after("src").map(|source| source.parse().unwrap()),
             mtu: after("mtu").map(|mtu| mtu.parse().unwrap()),
@@ -222,7 +222,7 @@ fn items() -> impl Strategy<Value = HostItem> {
         }),
         tunnel,
         (device(), subnet(), node()).prop_map(|(device, subnet, node)| HostItem::TunnelPeer(TunnelPeer {
-            device,
+            device: device.into(),
             subnet,
             node
         })),
@@ -231,7 +231,7 @@ fn items() -> impl Strategy<Value = HostItem> {
                 HostItem::Route(Route {
                     destination: IpNet::V4(subnet),
                     via: via.map(IpAddr::V4),
-                    device,
+                    device: device.into(),
                     onlink,
                     source: None,
                     mtu: None,
@@ -254,9 +254,9 @@ fn hangs_on(item: &HostItem, base: &HostItem) -> bool {
         (HostItem::Address(address), HostItem::Link(link)) => address.device == link.name,
         (HostItem::Tunnel(tunnel), HostItem::Link(link)) => tunnel.device == link.name,
         (HostItem::Tunnel(tunnel), HostItem::Address(address)) => tunnel.device == address.device,
-        (HostItem::TunnelPeer(peer), HostItem::Tunnel(tunnel)) => peer.device == tunnel.device,
-        (HostItem::Route(route), HostItem::Link(link)) => route.device == link.name,
-        (HostItem::Route(route), HostItem::Address(address)) => route.device == address.device,
+        (HostItem::TunnelPeer(peer), HostItem::Tunnel(tunnel)) => *peer.device == *tunnel.device,
+        (HostItem::Route(route), HostItem::Link(link)) => *route.device == *link.name,
+        (HostItem::Route(route), HostItem::Address(address)) => *route.device == *address.device,
         // A packet must not be routed to a tunnel that does not know the peer yet.
         (HostItem::Route(route), HostItem::TunnelPeer(peer)) => route.device == peer.device,
         _ => false,
@@ -264,6 +264,15 @@ fn hangs_on(item: &HostItem, base: &HostItem) -> bool {
 }
 
 proptest! {
+    #[test]
+    fn of_items_with_one_key_the_last_stays(items in proptest::collection::vec(items(), 0..24)) {
+        let mut one_by_one = HostState::new();
+        for item in items.clone() {
+            one_by_one.insert(item);
+        }
+        prop_assert_eq!(HostState::from_iter(items), one_by_one);
+    }
+
     #[test]
     fn applying_the_changes_gives_the_wanted_state(from in states(), wanted in states()) {
         let mut state = from.clone();

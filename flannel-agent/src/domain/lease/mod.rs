@@ -39,11 +39,11 @@ pub struct LeaseAttrs {
     pub public_ipv6: Option<Ipv6Addr>,
     /// A fixed constant per backend; empty for udp, alloc and the cloud backends.
     pub backend_type: String,
-    /// The backend's own JSON.
-    pub backend_data: Option<Value>,
-    pub backend_v6_data: Option<Value>,
+    /// The backend's own JSON. Boxed, since thousands of leases have none.
+    pub backend_data: Option<Box<Value>>,
+    pub backend_v6_data: Option<Box<Value>>,
     /// Fields we do not know, kept when the value is written again.
-    pub unknown: serde_json::Map<String, Value>,
+    pub unknown: Vec<(String, Value)>,
 }
 
 /// A subnet given to a node for a time.
@@ -68,7 +68,6 @@ pub struct Reservation {
 /// What a store reports while it is watched. A stream of them always begins with a `Snapshot`, or an
 /// `Interrupted` when the store can't be reached yet.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "most events are the large one")]
 pub enum LeaseEvent {
     /// Everything there is; what is not in it is gone.
     Snapshot(Vec<Lease>, Vec<Unreadable>),
@@ -209,7 +208,7 @@ impl LeaseAttrs {
             backend_type: String::new(),
             backend_data: None,
             backend_v6_data: None,
-            unknown: serde_json::Map::new(),
+            unknown: Vec::new(),
         }
     }
 
@@ -224,7 +223,7 @@ impl LeaseAttrs {
         let mut json = String::from("{");
         let data = [("BackendData", &self.backend_data), ("BackendV6Data", &self.backend_v6_data)];
         let known = fields.iter().map(|(name, value)| (*name, value));
-        let data = data.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?)));
+        let data = data.into_iter().filter_map(|(name, value)| Some((name, value.as_deref()?)));
         let unknown = self.unknown.iter().map(|(name, value)| (name.as_str(), value));
         for (name, value) in known.chain(data).chain(unknown) {
             if json.len() > 1 {
@@ -263,16 +262,14 @@ impl LeaseAttrs {
                     Value::String(text) => attrs.backend_type = text,
                     other => return Err(field("BackendType", &other, "a string")),
                 },
-                "backenddata" => attrs.backend_data = Some(value),
-                "backendv6data" => attrs.backend_v6_data = Some(value),
-                _ => {
-                    attrs.unknown.insert(name, value);
-                }
+                "backenddata" => attrs.backend_data = Some(Box::new(value)),
+                "backendv6data" => attrs.backend_v6_data = Some(Box::new(value)),
+                _ => attrs.unknown.push((name, value)),
             }
         }
         // The one backend whose data is a string by nature keeps it.
         if attrs.backend_type != "extension" {
-            attrs.backend_data = attrs.backend_data.map(undo_base64);
+            attrs.backend_data = attrs.backend_data.map(|data| Box::new(undo_base64(*data)));
         }
         Ok(attrs)
     }
@@ -280,8 +277,8 @@ impl LeaseAttrs {
     /// Takes over fields of an older value of the same lease that this program does not know.
     pub fn keep_unknown_of(&mut self, older: &Self) {
         for (name, value) in &older.unknown {
-            if !self.unknown.contains_key(name) {
-                self.unknown.insert(name.clone(), value.clone());
+            if !self.unknown.iter().any(|(known, _)| known == name) {
+                self.unknown.push((name.clone(), value.clone()));
             }
         }
     }

@@ -145,8 +145,8 @@ proptest! {
     ) {
         let mut attrs = LeaseAttrs::new(ip.into());
         attrs.backend_type = kind;
-        attrs.backend_data = data.map(Value::from);
-        attrs.unknown.insert(name, Value::from("<&>"));
+        attrs.backend_data = data.map(|data| Box::new(Value::from(data)));
+        attrs.unknown.push((name, Value::from("<&>")));
         let json = attrs.to_json();
         prop_assert_eq!(LeaseAttrs::from_json(&json).unwrap().to_json(), json);
     }

@@ -3,10 +3,14 @@
 //! Nothing is learned from a notification but that it came: what the host looks like is read anew. So a lost one
 //! (`ENOBUFS`) is a change like any other, and only the head of each message is looked at.
 //!
+//! One thing is urgent: a device whose MTU is not what it was. Until the tunnel above it follows, the kernel takes packets
+//! that no longer fit and loses them.
+//!
 //! Left out are the echoes of our own requests (they carry our port), and what can't concern an agent: other tables,
 //! the neighbour discovery's route clones, IPv6 routes of others outside the watched networks, addresses that a
 //! router advertisement refreshes.
 
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -31,6 +35,9 @@ const DEBOUNCE: Duration = Duration::from_millis(50);
 /// be done within a second.
 const SPACING: Duration = Duration::from_millis(400);
 
+/// The same for what is urgent.
+const URGENT_SPACING: Duration = Duration::from_millis(20);
+
 /// Room for the kernel's largest notification datagram.
 const DATAGRAM: usize = 64 << 10;
 
@@ -40,6 +47,8 @@ pub struct Events {
     /// Port of the socket our own requests come from.
     own_port: u32,
     networks: Vec<IpNet>,
+    /// Of each device, by index, as it was when somebody looked.
+    mtus: HashMap<u32, u32>,
     buffer: Vec<u8>,
     /// Something changed, and this is when to say so.
     due: Option<Instant>,
@@ -67,6 +76,7 @@ impl Netlink {
             socket,
             own_port: self.connection.port,
             networks,
+            mtus: HashMap::new(),
             buffer: Vec::with_capacity(DATAGRAM),
             due: None,
             last: None,
@@ -76,37 +86,56 @@ impl Netlink {
 }
 
 impl Events {
-    /// Returns once per burst of changes, [`DEBOUNCE`] after its first. Cancel-safe: what was seen before a
-    /// cancelled call makes the next one return.
+    /// The MTUs of all devices are these: index and bytes. A change of one of them is told at once.
+    pub fn know_mtus(&mut self, mtus: impl Iterator<Item = (u32, u32)>) {
+        self.mtus = mtus.collect();
+    }
+
+    /// Returns once per burst of changes, [`DEBOUNCE`] after its first, or at once when one is urgent. Cancel-safe: what
+    /// was seen before a cancelled call makes the next one return.
     pub async fn changed(&mut self) {
         loop {
-            if let Some(due) = self.due {
-                tokio::time::sleep_until(due).await;
+            if let Some(due) = self.due
+                && due <= Instant::now()
+            {
                 self.drain();
                 self.due = None;
                 self.last = Some(due);
                 return;
             }
             if self.broken {
-                std::future::pending::<()>().await;
+                match self.due {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+                continue;
             }
             self.buffer.clear();
             let (socket, buffer) = (&self.socket, &mut self.buffer);
-            match poll_fn(|cx| socket.poll_recv_from(cx, buffer)).await {
-                Ok(_) => {
-                    if concerns(&self.buffer, self.own_port, &self.networks) {
-                        self.note();
-                    }
-                }
+            let receive = poll_fn(|cx| socket.poll_recv_from(cx, buffer));
+            let received = match self.due {
+                Some(due) => match tokio::time::timeout_at(due, receive).await {
+                    Ok(received) => received,
+                    Err(_) => continue,
+                },
+                None => receive.await,
+            };
+            match received {
+                Ok(_) => self.note(concern(&self.buffer, self.own_port, &self.networks, &self.mtus)),
                 Err(e) => self.failed(&e),
             }
         }
     }
 
-    fn note(&mut self) {
+    fn note(&mut self, concern: Concern) {
+        let (wait, spacing) = match concern {
+            Concern::None => return,
+            Concern::Look => (DEBOUNCE, SPACING),
+            Concern::LookNow => (Duration::ZERO, URGENT_SPACING),
+        };
         let now = Instant::now();
-        let earliest = self.last.map_or(now, |last| last + SPACING);
-        self.due.get_or_insert((now + DEBOUNCE).max(earliest));
+        let due = (now + wait).max(self.last.map_or(now, |last| last + spacing));
+        self.due = Some(self.due.map_or(due, |sooner| sooner.min(due)));
     }
 
     /// Takes what has come in since the change that is about to be reported: the caller looks at everything now.
@@ -131,7 +160,7 @@ impl Events {
         match error.raw_os_error() {
             Some(libc::ENOBUFS) => {
                 tracing::debug!("more network changes than the socket could hold; looking at everything");
-                self.note();
+                self.note(Concern::Look);
             }
             Some(libc::EINTR | libc::EAGAIN) => {}
             _ => {
@@ -142,35 +171,66 @@ impl Events {
     }
 }
 
-/// One of the datagram's messages is worth a look at the host. What can't be read is.
-fn concerns(mut datagram: &[u8], own_port: u32, networks: &[IpNet]) -> bool {
+/// What news is to an agent; the more urgent, the greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Concern {
+    None,
+    Look,
+    LookNow,
+}
+
+impl Concern {
+    fn look_if(it_may_concern: bool) -> Self {
+        if it_may_concern { Self::Look } else { Self::None }
+    }
+}
+
+/// The most urgent of the datagram's messages. What can't be read is worth a look.
+fn concern(mut datagram: &[u8], own_port: u32, networks: &[IpNet], mtus: &HashMap<u32, u32>) -> Concern {
+    let mut most = Concern::None;
     while !datagram.is_empty() {
-        let Ok(message) = NetlinkBuffer::new_checked(datagram) else { return true };
-        if message.port_number() != own_port
-            && message_concerns(message.message_type(), message.payload(), networks)
-        {
-            return true;
+        let Ok(message) = NetlinkBuffer::new_checked(datagram) else { return most.max(Concern::Look) };
+        if message.port_number() != own_port {
+            most = most.max(concern_of(message.message_type(), message.payload(), networks, mtus));
         }
         let length = usize::try_from(message.length()).unwrap_or(usize::MAX);
         datagram = length.checked_next_multiple_of(4).and_then(|end| datagram.get(end..)).unwrap_or_default();
     }
-    false
+    most
 }
 
-fn message_concerns(kind: u16, payload: &[u8], networks: &[IpNet]) -> bool {
+fn concern_of(kind: u16, payload: &[u8], networks: &[IpNet], mtus: &HashMap<u32, u32>) -> Concern {
     match kind {
-        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+        libc::RTM_NEWLINK => match LinkHeader::parse(payload) {
             // Bridges report their ports' state under their own family.
-            LinkHeader::parse(payload).map_or(true, |h| h.interface_family == AddressFamily::Unspec)
-        }
-        libc::RTM_NEWADDR => AddressHeader::parse(payload).map_or(true, |h| {
+            Ok(header) if header.interface_family != AddressFamily::Unspec => Concern::None,
+            Ok(header) => match (mtus.get(&header.index), mtu(payload)) {
+                (Some(known), Some(mtu)) if *known != mtu => Concern::LookNow,
+                _ => Concern::Look,
+            },
+            Err(_) => Concern::Look,
+        },
+        libc::RTM_DELLINK => Concern::look_if(
+            LinkHeader::parse(payload).map_or(true, |h| h.interface_family == AddressFamily::Unspec),
+        ),
+        libc::RTM_NEWADDR => Concern::look_if(AddressHeader::parse(payload).map_or(true, |h| {
             let lasting = u32::from(h.flags.bits()) & AddressFlags::Permanent.bits() != 0;
             h.family == AddressFamily::Inet || (lasting && h.scope != AddressScope::Link)
-        }),
-        libc::RTM_DELADDR => AddressHeader::parse(payload).map_or(true, |h| h.scope != AddressScope::Link),
-        libc::RTM_NEWROUTE | libc::RTM_DELROUTE => route_concerns(payload, networks),
-        _ => false,
+        })),
+        libc::RTM_DELADDR => {
+            Concern::look_if(AddressHeader::parse(payload).map_or(true, |h| h.scope != AddressScope::Link))
+        }
+        libc::RTM_NEWROUTE | libc::RTM_DELROUTE => Concern::look_if(route_concerns(payload, networks)),
+        _ => Concern::None,
     }
+}
+
+/// `IFLA_MTU` of a message about a link.
+fn mtu(payload: &[u8]) -> Option<u32> {
+    const HEADER: usize = 16;
+    const IFLA_MTU: u16 = 4;
+    let (_, value) = attributes_of(payload.get(HEADER..)?).find(|(kind, _)| *kind == IFLA_MTU)?;
+    Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
 fn route_concerns(payload: &[u8], networks: &[IpNet]) -> bool {
@@ -209,7 +269,7 @@ mod tests {
     use netlink_packet_core::NetlinkMessage;
     use netlink_packet_route::RouteNetlinkMessage;
     use netlink_packet_route::address::AddressMessage;
-    use netlink_packet_route::link::LinkMessage;
+    use netlink_packet_route::link::{LinkAttribute, LinkMessage};
     use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol};
 
     use super::*;
@@ -269,8 +329,33 @@ mod tests {
         ];
         let networks = ["10.5.0.0/16".parse().unwrap(), "fd00:5::/48".parse().unwrap()];
         for (name, message, expected) in rows {
-            assert_eq!(concerns(&bytes(message.clone(), 1), OWN, &networks), expected, "{name}");
-            assert!(!concerns(&bytes(message, OWN), OWN, &networks), "our own echo: {name}");
+            let expected = Concern::look_if(expected);
+            assert_eq!(of(&bytes(message.clone(), 1), &networks), expected, "{name}");
+            assert_eq!(of(&bytes(message, OWN), &networks), Concern::None, "our own echo: {name}");
+        }
+    }
+
+    fn of(datagram: &[u8], networks: &[IpNet]) -> Concern {
+        concern(datagram, OWN, networks, &HashMap::from([(2, 1500)]))
+    }
+
+    #[test]
+    fn a_device_whose_mtu_is_not_what_it_was_is_urgent() {
+        let link = |index, mtu| {
+            let mut link = LinkMessage::default();
+            link.header.index = index;
+            link.attributes.push(LinkAttribute::Mtu(mtu));
+            bytes(RouteNetlinkMessage::NewLink(link), 1)
+        };
+        let rows = [
+            ("as known", link(2, 1500), Concern::Look),
+            ("smaller", link(2, 1400), Concern::LookNow),
+            ("larger", link(2, 9000), Concern::LookNow),
+            ("another device's", link(3, 1400), Concern::Look),
+            ("the second of two messages", [link(2, 1500), link(2, 1400)].concat(), Concern::LookNow),
+        ];
+        for (name, datagram, expected) in rows {
+            assert_eq!(of(&datagram, &[]), expected, "{name}");
         }
     }
 
@@ -278,8 +363,8 @@ mod tests {
     fn every_message_of_a_datagram_is_looked_at() {
         let boring = bytes(RouteNetlinkMessage::NewRoute(route("192.0.2.1/32", 2, 255)), 1);
         let vital = bytes(RouteNetlinkMessage::DelRoute(route("10.5.1.0/24", ROUTE_PROTOCOL, 254)), 0);
-        assert!(concerns(&[boring.clone(), vital].concat(), OWN, &[]));
-        assert!(!concerns(&[boring.clone(), boring].concat(), OWN, &[]));
-        assert!(concerns(&[1, 2, 3], OWN, &[]), "what can't be read is worth a look");
+        assert_eq!(of(&[boring.clone(), vital].concat(), &[]), Concern::Look);
+        assert_eq!(of(&[boring.clone(), boring].concat(), &[]), Concern::None);
+        assert_eq!(of(&[1, 2, 3], &[]), Concern::Look, "what can't be read is worth a look");
     }
 }

@@ -101,6 +101,8 @@ impl Tunnels {
             if !keep && let Err(e) = ladder::tear_down(netlink, bpffs, tunnel).await {
                 tracing::warn!("cleaning up after a tunnel that did not come up: {e}");
             }
+        } else if running.awaits_kernel() {
+            self.next_look = Instant::now();
         }
         result
     }
@@ -117,14 +119,13 @@ impl Tunnels {
 
     /// Adds or moves peers; one result per peer.
     pub async fn put_peers(&mut self, peers: &[TunnelPeer]) -> Vec<Result<(), HostError>> {
-        let nodes: Vec<Ipv4Addr> =
-            peers.iter().map(|peer| peer.node).collect::<BTreeSet<_>>().into_iter().collect();
+        let matters =
+            |peer: &&TunnelPeer| self.tunnels.get(&*peer.device).is_some_and(Running::knows_next_hops);
+        let nodes: BTreeSet<Ipv4Addr> = peers.iter().filter(matters).map(|peer| peer.node).collect();
+        let nodes: Vec<Ipv4Addr> = nodes.into_iter().collect();
         let hops: BTreeMap<Ipv4Addr, Result<NextHop, HostError>> =
             nodes.iter().copied().zip(self.netlink.next_hops(&nodes).await).collect();
-        let put = |running: &mut Running, peer: &TunnelPeer| match hops.get(&peer.node) {
-            Some(hop) => running.put_peer(peer, hop),
-            None => Err(HostError::new(format!("look up the route to {}", peer.node), "no answer")),
-        };
+        let put = |running: &mut Running, peer: &TunnelPeer| running.put_peer(peer, hops.get(&peer.node));
         let not_up = |peer: &TunnelPeer| {
             let reason = format!("the tunnel on {} is not up", peer.device);
             Err(HostError::new(format!("put {}", HostItem::TunnelPeer(peer.clone())), reason))
@@ -146,9 +147,9 @@ impl Tunnels {
         let mut touched = BTreeSet::new();
         let results = peers
             .iter()
-            .map(|peer| match self.tunnels.get_mut(&peer.device) {
+            .map(|peer| match self.tunnels.get_mut(&*peer.device) {
                 Some(running) => {
-                    touched.insert(peer.device.as_str());
+                    touched.insert(&*peer.device);
                     change(running, peer)
                 }
                 None => without_tunnel(peer),
@@ -220,6 +221,12 @@ impl Tunnels {
             }
         }
         sent
+    }
+
+    /// Whether user space carries a tunnel's packets for the moment, until the kernel's part is in place.
+    #[must_use]
+    pub fn await_kernel(&self) -> bool {
+        self.tunnels.values().any(Running::awaits_kernel)
     }
 
     /// Tier, reason and counts of every tunnel.

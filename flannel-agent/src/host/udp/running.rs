@@ -1,8 +1,10 @@
 //! One tunnel that is up: the kernel's part, the user-space part, and the peers both know.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::Ipv4Net;
@@ -33,6 +35,20 @@ pub(super) struct Running {
     complaint: Option<String>,
     /// Entries of an earlier agent came with the maps; someone should compare them with what is wanted.
     adopted: bool,
+    kernels_part: KernelsPart,
+}
+
+/// Hanging programs on interfaces takes the kernel some 10 ms each, for all of which it holds every other change of the
+/// network back (an RCU grace period under the rtnl lock, `tcx_entry_sync`). User space carries packets in less than one:
+/// where nothing does yet, it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KernelsPart {
+    /// As the tier says.
+    Settled,
+    /// User space has begun; the kernel's part comes with the next look, of which nobody was told yet.
+    ToCome,
+    /// It is brought up by the next [`Running::bring_up`].
+    Due,
 }
 
 struct UserPath {
@@ -53,7 +69,18 @@ impl Running {
             peers: BTreeMap::new(),
             complaint: None,
             adopted: false,
+            kernels_part: KernelsPart::Settled,
         }
+    }
+
+    /// User space carries packets for as long as it takes to bring up the kernel's part.
+    pub(super) fn awaits_kernel(&self) -> bool {
+        self.kernels_part != KernelsPart::Settled
+    }
+
+    /// Whether the next hops of peers matter.
+    pub(super) fn knows_next_hops(&self) -> bool {
+        self.kernel.is_some()
     }
 
     pub(super) fn is_up(&self) -> bool {
@@ -77,13 +104,22 @@ impl Running {
         let device = link(netlink, tunnel, &tunnel.device).await?;
         let underlay = link(netlink, tunnel, &tunnel.underlay).await?;
         let datapath = tunnel.options.datapath;
+        if datapath == Datapath::Auto && !self.is_up() && !is_carried_already(bpffs, tunnel) {
+            self.start_user_path(tunnel, &device, Role::WholePath)?;
+            tracing::debug!("user space carries {} until the kernel does", tunnel.device);
+            self.tunnel = tunnel.clone();
+            let reason = "until the kernel's part is in place".to_owned();
+            self.rung = Some(Rung { tier: Tier::Tun, reason });
+            self.kernels_part = KernelsPart::ToCome;
+            return Ok(());
+        }
         self.start_user_path(tunnel, &device, first_role(datapath))?;
 
         let fresh = self.kernel.is_none();
         let rung = if datapath == Datapath::Tun {
             Err("chosen by --udp-datapath=tun".to_owned())
         } else {
-            let ground = Ground { netlink, bpffs, tunnel, device, underlay };
+            let ground = Ground { netlink, bpffs, tunnel, device, underlay, peers: &self.peers };
             match ladder::climb(&ground, &mut self.kernel).await {
                 Ok(rung) => Ok(rung),
                 // A tier that carries packets is not given up because a step of its repair failed.
@@ -123,6 +159,7 @@ impl Running {
         self.tunnel = tunnel.clone();
         self.rung = Some(rung);
         self.complaint = None;
+        self.kernels_part = KernelsPart::Settled;
         Ok(())
     }
 
@@ -169,8 +206,10 @@ impl Running {
     fn adopt_peers(&mut self, tunnel: &Tunnel) -> Result<(), Refusal> {
         let Some(kernel) = &self.kernel else { return Ok(()) };
         for (base, peer) in kernel.maps.open().entries()? {
-            if let Ok(subnet) = Ipv4Net::new(base, tunnel.own_subnet.prefix_len()) {
-                self.peers.entry(subnet).or_insert_with(|| from_wire(peer.node));
+            if let Ok(subnet) = Ipv4Net::new(base, tunnel.own_subnet.prefix_len())
+                && let Entry::Vacant(place) = self.peers.entry(subnet)
+            {
+                place.insert(from_wire(peer.node));
                 self.adopted = true;
             }
         }
@@ -195,23 +234,16 @@ impl Running {
     pub(super) fn put_peer(
         &mut self,
         peer: &TunnelPeer,
-        next_hop: &Result<NextHop, HostError>,
+        next_hop: Option<&Result<NextHop, HostError>>,
     ) -> Result<(), HostError> {
         if let Some(kernel) = &mut self.kernel {
-            let failed = |reason: String| {
-                HostError::new(format!("put {}", HostItem::TunnelPeer(peer.clone())), reason)
+            let put = match next_hop {
+                Some(next_hop) => kernel.put_peer(peer.subnet, peer.node, next_hop),
+                None => Err(format!("nobody said where the way to {} leads", peer.node)),
             };
-            let expected = self.tunnel.own_subnet.prefix_len();
-            if peer.subnet.prefix_len() != expected {
-                return Err(failed(format!(
-                    "the kernel data path needs leases of one size, and ours is a /{expected}"
-                )));
-            }
-            let towards = towards(peer.node, next_hop).map_err(failed)?;
-            if kernel.is_device(towards.ifindex) {
-                return Err(failed(format!("the way to {} leads through the tunnel itself", peer.node)));
-            }
-            kernel.maps.put(peer.subnet.network(), towards)?;
+            put.map_err(|reason| {
+                HostError::new(format!("put {}", HostItem::TunnelPeer(peer.clone())), reason)
+            })?;
         }
         self.peers.insert(peer.subnet, peer.node);
         Ok(())
@@ -239,7 +271,7 @@ impl Running {
     /// The items that are truly in place.
     pub(super) async fn observe(&mut self, netlink: &Netlink) -> Vec<HostItem> {
         let mut items = Vec::new();
-        if self.is_up() {
+        if self.is_up() && self.kernels_part != KernelsPart::Due {
             let mut health = self.look();
             if health.is_ok()
                 && let Some(kernel) = &self.kernel
@@ -279,24 +311,25 @@ impl Running {
             let nodes: Vec<Ipv4Addr> = distinct(self.peers.values().copied());
             hops = nodes.iter().copied().zip(netlink.next_hops(&nodes).await).collect();
         }
+        let device: Arc<str> = self.tunnel.device.as_str().into();
         // Somebody else's entry is shown, so that it is taken away.
         for (base, peer) in entries.iter().flatten() {
             let subnet = Ipv4Net::new(*base, self.tunnel.own_subnet.prefix_len());
             if let Ok(subnet) = subnet
                 && !self.peers.contains_key(&subnet)
             {
-                let (device, node) = (self.tunnel.device.clone(), from_wire(peer.node));
+                let (device, node) = (device.clone(), from_wire(peer.node));
                 items.push(HostItem::TunnelPeer(TunnelPeer { device, subnet, node }));
             }
         }
         for (subnet, node) in &self.peers {
             let in_place = entries.as_ref().is_none_or(|entries| {
-                let wanted = hops.get(node).and_then(|hop| towards(*node, hop).ok());
+                let wanted = hops.get(node).and_then(|hop| Towards::by(*node, hop).ok());
                 entries.get(&subnet.network()).map(|peer| Towards::from(*peer)) == wanted && wanted.is_some()
             });
             if in_place {
                 items.push(HostItem::TunnelPeer(TunnelPeer {
-                    device: self.tunnel.device.clone(),
+                    device: device.clone(),
                     subnet: *subnet,
                     node: *node,
                 }));
@@ -318,6 +351,10 @@ impl Running {
 
     /// Whether there is something new for the agent to look at: a part stopped working, or entries were taken over.
     pub(super) fn has_news(&mut self) -> bool {
+        if self.kernels_part == KernelsPart::ToCome {
+            self.kernels_part = KernelsPart::Due;
+            return true;
+        }
         let complaint = self.look().err();
         let news = complaint.is_some() && complaint != self.complaint;
         if let Some(reason) = complaint.as_ref().filter(|_| news) {
@@ -371,14 +408,13 @@ impl Running {
 
     /// Packets sent to each of these peers so far; `None` for one that is not there.
     pub(super) fn sent(&self, subnets: &[Ipv4Net]) -> Vec<Option<u64>> {
-        let user = self.user.as_ref().map(|user| user.path.counters().peers).unwrap_or_default();
         subnets
             .iter()
             .map(|subnet| {
                 self.peers.get(subnet)?;
                 let in_kernel =
                     self.kernel.as_ref().and_then(|kernel| kernel.maps.open().count_of(subnet.network()));
-                let in_user = user.get(subnet).map_or(0, |count| count.traffic.tx_packets);
+                let in_user = self.user.as_ref().map_or(0, |user| user.path.sent(*subnet));
                 Some(in_kernel.unwrap_or_default().tx_packets.wrapping_add(in_user))
             })
             .collect()
@@ -439,13 +475,6 @@ fn serves(started: &Tunnel, wanted: &Tunnel) -> bool {
     let key =
         |t: &Tunnel| (t.device.clone(), t.local, t.port, t.network, t.own_subnet, t.options.source_check);
     key(started) == key(wanted)
-}
-
-fn towards(node: Ipv4Addr, next_hop: &Result<NextHop, HostError>) -> Result<Towards, String> {
-    match next_hop {
-        Ok(hop) => Ok(Towards { node, ifindex: hop.ifindex }),
-        Err(e) => Err(e.to_string()),
-    }
 }
 
 fn distinct(nodes: impl Iterator<Item = Ipv4Addr>) -> Vec<Ipv4Addr> {

@@ -119,7 +119,7 @@ impl Annotations {
 
     /// Everything flanneld writes for these attributes (contract §4.1, write conditions included).
     fn of(&self, attrs: &LeaseAttrs) -> Present {
-        let text = |data: &Option<Value>| data.as_ref().unwrap_or(&Value::Null).to_string();
+        let text = |data: &Option<Box<Value>>| data.as_deref().unwrap_or(&Value::Null).to_string();
         let backend = attrs.backend_type.as_str();
         let mut all = vec![(MANAGED, "true".to_owned()), (BACKEND_TYPE, backend.to_owned())];
         if backend != "vxlan" || attrs.backend_data.is_some() {
@@ -155,7 +155,7 @@ impl Annotations {
     }
 
     /// v0.7.0 wrote an empty text where today's daemons write `null`.
-    fn data(&self, present: &Present, suffix: &str) -> Result<Option<Value>, String> {
+    fn data(&self, present: &Present, suffix: &str) -> Result<Option<Box<Value>>, String> {
         let Some(text) = self.get(present, suffix).filter(|text| !text.is_empty()) else { return Ok(None) };
         let wrong = |reason: String| format!("annotation {}: {reason}", self.name(suffix));
         if text.len() > MAX_VALUE_BYTES {
@@ -166,7 +166,7 @@ impl Annotations {
         }
         match serde_json::from_str(text) {
             Ok(Value::Null) => Ok(None),
-            Ok(value) => Ok(Some(value)),
+            Ok(value) => Ok(Some(Box::new(value))),
             Err(error) => Err(wrong(format!("{} is not JSON: {error}", shown(text)))),
         }
     }
@@ -243,8 +243,8 @@ mod tests {
             let mut attrs = LeaseAttrs::new("10.0.0.1".parse().unwrap());
             attrs.public_ipv6 = Some("fd00::1".parse().unwrap());
             attrs.backend_type = backend.into();
-            attrs.backend_data = v4;
-            attrs.backend_v6_data = v6;
+            attrs.backend_data = v4.map(Box::new);
+            attrs.backend_v6_data = v6.map(Box::new);
             let all = flannel().missing(&attrs, &Present::new());
             all.keys().map(|name| name.rsplit('/').next().unwrap().to_owned()).collect::<Vec<_>>().join(" ")
         };

@@ -226,7 +226,7 @@ impl Nodes {
 
     /// What a daemon publishes with this value; a value that can't be read becomes an address that can't be.
     pub(crate) fn annotations(&self, value: &str) -> Value {
-        let text = |data: &Option<Value>| data.as_ref().unwrap_or(&Value::Null).to_string();
+        let text = |data: &Option<Box<Value>>| data.as_deref().unwrap_or(&Value::Null).to_string();
         let mut all = vec![("kube-subnet-manager", "true".to_owned())];
         match LeaseAttrs::from_json(value) {
             Ok(attrs) => {

@@ -21,10 +21,13 @@ mod leave;
 mod looks;
 mod path;
 
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use aya::util::KernelVersion;
+use ipnet::Ipv4Net;
 
 use self::path::{Parts, load, tune};
 use crate::domain::host_state::{Datapath, Tunnel};
@@ -86,6 +89,8 @@ pub(in crate::host::udp) struct Ground<'a> {
     /// The tunnel device.
     pub(in crate::host::udp) device: LinkInfo,
     pub(in crate::host::udp) underlay: LinkInfo,
+    /// Those that user space sends to already.
+    pub(in crate::host::udp) peers: &'a BTreeMap<Ipv4Net, Ipv4Addr>,
 }
 
 /// Does the tier that the tunnel's options allow exist here, and is it up? Called again, it repairs.
@@ -126,7 +131,11 @@ async fn climb_with(
     };
     let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
     let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
+    let fresh = slot.is_none();
     let path = load(ground, pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
+    if fresh {
+        path.put_peers(netlink, ground.peers).await;
+    }
     patiently(leftovers, || path.attach_tc()).await?;
     path.take_place_back()?;
     path.xdp_taken = false;

@@ -1,21 +1,24 @@
 //! The kernel's part of a running tunnel: its programs with their settings, where they hang, and the way from one tier to
 //! another.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use flannel_common::tunnel::{
     COARSE_CLOCK, DRESSED, FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
 };
+use ipnet::Ipv4Net;
 
 use super::{Ground, is_kernel_before, lost, wants_shortcut};
 use crate::domain::host_state::{SourceCheck, SourcePort};
 use crate::host::HostError;
-use crate::host::netlink::Netlink;
+use crate::host::netlink::{Netlink, NextHop};
 use crate::host::udp::errno::Refusal;
 use crate::host::udp::ethtool::{Ethtool, Feature, Switch};
 use crate::host::udp::filters;
 use crate::host::udp::gro_pair::GroPair;
-use crate::host::udp::maps::{self, Maps, to_wire};
+use crate::host::udp::maps::{self, Maps, Towards, from_wire, to_wire};
 use crate::host::udp::place::Place;
 use crate::host::udp::programs::{
     self, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Programs, Side, TcKind, inspect,
@@ -169,6 +172,44 @@ pub(super) fn is_tuned(ethtool: &Ethtool, device: &str, (feature, wanted): (Feat
 }
 
 impl KernelPath {
+    /// Writes a peer's entry.
+    ///
+    /// # Errors
+    /// No way to the node, or one that leads through the tunnel itself; a lease of another size than ours.
+    pub(in crate::host::udp) fn put_peer(
+        &mut self,
+        subnet: Ipv4Net,
+        node: Ipv4Addr,
+        next_hop: &Result<NextHop, HostError>,
+    ) -> Result<(), String> {
+        let expected = from_wire(self.programs.settings().subnet_mask).to_bits().count_ones();
+        if u32::from(subnet.prefix_len()) != expected {
+            return Err(format!("the kernel data path needs leases of one size, and ours is a /{expected}"));
+        }
+        let towards = Towards::by(node, next_hop)?;
+        if self.is_device(towards.ifindex) {
+            return Err(format!("the way to {node} leads through the tunnel itself"));
+        }
+        self.maps.put(subnet.network(), towards).map_err(|refusal| refusal.to_string())
+    }
+
+    /// Writes the entries of those peers that it can: a program that is attached without them would doubt their packets.
+    /// The next look at the host shows the others missing, and why.
+    pub(super) async fn put_peers(&mut self, netlink: &Netlink, peers: &BTreeMap<Ipv4Net, Ipv4Addr>) {
+        if peers.is_empty() {
+            return;
+        }
+        let nodes: Vec<Ipv4Addr> = peers.values().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let hops: BTreeMap<_, _> = nodes.iter().copied().zip(netlink.next_hops(&nodes).await).collect();
+        for (subnet, node) in peers {
+            if let Some(hop) = hops.get(node)
+                && let Err(reason) = self.put_peer(*subnet, *node, hop)
+            {
+                tracing::debug!("peer {subnet} at {node} is not in the kernel's map: {reason}");
+            }
+        }
+    }
+
     pub(super) fn ingress_hook(&self) -> Hook<'_> {
         let (device, ifindex) = (self.underlay.0.as_str(), self.underlay.1);
         Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Ingress }

@@ -9,6 +9,7 @@ mod batch;
 mod cpus;
 mod foreign;
 mod open;
+mod towards;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,6 +24,7 @@ use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop,
 use flannel_common::pod::{MAX_PODS, PodKey, PortIndex};
 
 pub use self::open::OpenMaps;
+pub use self::towards::Towards;
 use super::errno::Refusal;
 use super::programs::{LoadedMaps, PinFolder};
 
@@ -248,9 +250,9 @@ impl Maps {
     /// Whether somebody else wrote to the map of peers since [`Maps::accept`]. A map that can't be read is not to blame.
     #[must_use]
     pub fn is_touched(&self) -> bool {
-        batch::entries(self.open.peers.map()).is_ok_and(|entries| {
-            entries.iter().fold(0, |sum, (key, peer)| sum ^ batch::digest(*key, peer)) != self.digest
-        })
+        let mut sum = 0;
+        let read = batch::each(self.open.peers.map(), |key, peer| sum ^= batch::digest(key, peer));
+        read.is_ok() && sum != self.digest
     }
 
     /// These entries have been compared with what is wanted: what differs from them next is news.
@@ -424,20 +426,6 @@ fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         result => result,
-    }
-}
-
-/// Where a peer's datagrams go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Towards {
-    pub node: Ipv4Addr,
-    /// Interface they leave by.
-    pub ifindex: u32,
-}
-
-impl From<Peer> for Towards {
-    fn from(peer: Peer) -> Self {
-        Self { node: from_wire(peer.node), ifindex: peer.ifindex }
     }
 }
 

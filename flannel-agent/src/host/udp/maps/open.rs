@@ -63,8 +63,10 @@ impl OpenMaps {
     /// # Errors
     /// The kernel refuses to read the map.
     pub fn entries(&self) -> Result<BTreeMap<Ipv4Addr, Peer>, Refusal> {
-        let entries = batch::entries(self.peers.map()).map_err(|e| Refusal::from_io("read map PEERS", &e))?;
-        Ok(entries.into_iter().map(|(key, peer)| (from_wire(key), peer)).collect())
+        let mut entries = Vec::new();
+        batch::each(self.peers.map(), |key, peer| entries.push((from_wire(key), *peer)))
+            .map_err(|e| Refusal::from_io("read map PEERS", &e))?;
+        Ok(entries.into_iter().collect())
     }
 
     /// Sums over all CPUs, in index order of [`Counter`]. What can't be read counts as zero.

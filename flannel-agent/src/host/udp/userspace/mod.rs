@@ -220,6 +220,11 @@ impl UserTunnel {
         CounterSnapshot { counts, peers: self.shared.peers.load().counts() }
     }
 
+    /// Packets sent to the peer with this subnet; 0 where there is none.
+    pub fn sent(&self, subnet: Ipv4Net) -> u64 {
+        self.shared.peers.load().sent(subnet)
+    }
+
     /// # Errors
     /// Why the tunnel no longer carries packets, for instance that its device was deleted. It stays that way: start a
     /// new one.

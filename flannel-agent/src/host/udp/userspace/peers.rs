@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::Ipv4Addr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -27,9 +27,12 @@ pub(super) struct Peer {
     pub(super) traffic: Arc<Traffic>,
 }
 
-/// Packets and bytes of inner packets, per direction.
+/// Packets and bytes of inner packets, per direction. Under the tiers of the kernel thousands of peers have none here.
 #[derive(Debug, Default)]
-pub(super) struct Traffic {
+pub(super) struct Traffic(OnceLock<Box<Counts>>);
+
+#[derive(Debug, Default)]
+struct Counts {
     tx_packets: AtomicU64,
     tx_bytes: AtomicU64,
     rx_packets: AtomicU64,
@@ -41,34 +44,47 @@ pub(super) struct Traffic {
 
 impl Traffic {
     pub(super) fn sent(&self, packets: u64, bytes: u64) {
-        self.tx_packets.fetch_add(packets, Relaxed);
-        self.tx_bytes.fetch_add(bytes, Relaxed);
+        let counts = self.counts();
+        counts.tx_packets.fetch_add(packets, Relaxed);
+        counts.tx_bytes.fetch_add(bytes, Relaxed);
     }
 
     pub(super) fn received(&self, packets: u64, bytes: u64) {
-        self.rx_packets.fetch_add(packets, Relaxed);
-        self.rx_bytes.fetch_add(bytes, Relaxed);
-        self.last_seen.store(monotonic_now(), Relaxed);
+        let counts = self.counts();
+        counts.rx_packets.fetch_add(packets, Relaxed);
+        counts.rx_bytes.fetch_add(bytes, Relaxed);
+        counts.last_seen.store(monotonic_now(), Relaxed);
     }
 
     pub(super) fn dropped(&self, reason: Counter, packets: u64) {
-        *self.drops().entry(reason).or_default() += packets;
+        *self.counts().drops().entry(reason).or_default() += packets;
     }
 
+    fn counts(&self) -> &Counts {
+        self.0.get_or_init(Box::default)
+    }
+
+    fn snapshot(&self) -> PeerTally {
+        self.0.get().map_or_else(PeerTally::default, |counts| counts.snapshot())
+    }
+}
+
+impl Counts {
     /// A panic elsewhere leaves whole numbers.
     fn drops(&self) -> MutexGuard<'_, BTreeMap<Counter, u64>> {
         self.drops.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn snapshot(&self) -> PeerCount {
-        PeerCount {
+    fn snapshot(&self) -> PeerTally {
+        let traffic = PeerCount {
             tx_packets: self.tx_packets.load(Relaxed),
             tx_bytes: self.tx_bytes.load(Relaxed),
             rx_packets: self.rx_packets.load(Relaxed),
             rx_bytes: self.rx_bytes.load(Relaxed),
             last_seen: self.last_seen.load(Relaxed),
             tick: 0,
-        }
+        };
+        PeerTally { traffic, drops: self.drops().clone() }
     }
 }
 
@@ -116,12 +132,17 @@ impl PeerTable {
         peers.get(&subnet.network())
     }
 
+    /// Packets sent to the peer with this subnet; 0 where there is none.
+    pub(super) fn sent(&self, subnet: Ipv4Net) -> u64 {
+        let counts = self.get(subnet).and_then(|peer| peer.traffic.0.get());
+        counts.map_or(0, |counts| counts.tx_packets.load(Relaxed))
+    }
+
     pub(super) fn counts(&self) -> BTreeMap<Ipv4Net, PeerTally> {
         let all = self.by_length.iter().flat_map(|(mask, peers)| {
             peers.iter().filter_map(|(base, peer)| {
                 let subnet = Ipv4Net::new(*base, mask.prefix_len()).ok()?;
-                let traffic = peer.traffic.snapshot();
-                Some((subnet, PeerTally { traffic, drops: peer.traffic.drops().clone() }))
+                Some((subnet, peer.traffic.snapshot()))
             })
         });
         all.collect()
@@ -165,6 +186,7 @@ mod tests {
         before.lookup(ip("10.5.1.9")).unwrap().traffic.sent(3, 300);
         let after = PeerTable::new([(subnets[0], ip("192.0.2.9"))], &before);
         assert_eq!(after.lookup(ip("10.5.1.9")).unwrap().node, ip("192.0.2.9"));
+        assert_eq!((after.sent(subnets[0]), after.sent(subnets[1])), (3, 0));
         let counts = after.counts();
         assert_eq!(counts.len(), 1);
         assert_eq!(counts[&subnets[0]].traffic.tx_bytes, 300);

@@ -1,0 +1,60 @@
+//! What ends the shortcut past the pods' bridge and not every kernel has: VLANs on the bridge, and ebtables' own modules.
+
+use std::{thread::sleep, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use flannel_tests::{
+    probe::ping::Ping,
+    topology::{Host, Lab},
+};
+
+use crate::{
+    expected::{has_ebtables, has_vlan_filtering},
+    tiers::{Choice, settle},
+};
+
+/// A port that is in no VLAN gets nothing from the bridge: nor may it from us.
+pub(crate) fn vlans(lab: &mut Lab, choice: &Choice) -> Result<()> {
+    let host = lab.host(1);
+    if !has_vlan_filtering(host.netns())? {
+        println!("this kernel's bridges do not filter VLANs (CONFIG_BRIDGE_VLAN_FILTERING)");
+        return Ok(());
+    }
+    let port = &host.pod()?.port;
+    host.netns().ip("link set cni0 type bridge vlan_filtering 1")?;
+    left(host, "cni0 filters VLANs")?;
+    lab.ping_all_pairs(2)?;
+    host.netns().output(&format!("bridge vlan del dev {port} vid 1"))?;
+    let (from, to) = (lab.host(0).pod()?, host.pod()?);
+    let report = Ping::new(&from.netns, to.address).count(3).patience(Duration::from_secs(1)).run()?;
+    ensure!(report.lost() == 3, "a pod whose port is in no VLAN was reached: {report}");
+    host.netns().output(&format!("bridge vlan add dev {port} vid 1 pvid untagged"))?;
+    host.netns().ip("link set cni0 type bridge vlan_filtering 0")?;
+    settle(lab, choice)
+}
+
+/// Loaded is enough: what the rules are is not looked at.
+pub(crate) fn ebtables(lab: &mut Lab, choice: &Choice) -> Result<()> {
+    let host = lab.host(1);
+    if !has_ebtables(host.netns()) {
+        println!("this kernel has no module ebtable_filter");
+        return Ok(());
+    }
+    host.netns().output("modprobe ebtable_filter")?;
+    left(host, "ebtables watches cni0 (module ebtable_filter)")?;
+    lab.ping_all_pairs(2)?;
+    host.netns().output("modprobe -r ebtable_filter")?;
+    // Nothing tells of a module that goes; the next look at the host, which this brings, does.
+    sleep(Duration::from_millis(500));
+    for host in lab.hosts() {
+        host.netns().ip("link set cni0 txqueuelen 999")?;
+    }
+    settle(lab, choice)
+}
+
+fn left(host: &Host, reason: &'static str) -> Result<()> {
+    let fits = |status: &flannel_tests::agent::Status| {
+        status.path() == "tc+gro" && status.reasons().contains(reason)
+    };
+    host.agent()?.wait_status(reason, fits).map(drop).with_context(|| format!("waiting for {reason:?}"))
+}
