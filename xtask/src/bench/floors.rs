@@ -37,7 +37,7 @@ const LINES: [Line; 6] = [
     Line(Mode::Wire, "udp tc", [0.65, 0.85, 1.50, 0.80, 1.05, 1.30]),
     Line(Mode::Wire, "udp tun", [0.55, 0.70, 2.1, 0.65, 0.80, 3.0]),
     Line(Mode::SuperPackets, "udp auto", [0.80, 1.25, 1.3, 0.75, 1.25, 1.2]),
-    Line(Mode::SuperPackets, "udp tc", [0.30, 0.5, 3.0, 0.70, 1.2, 1.3]),
+    Line(Mode::SuperPackets, "udp tc", [0.80, 1.0, 1.3, 0.70, 1.2, 1.3]),
     Line(Mode::SuperPackets, "udp xdp", [0.20, 0.3, 4.0, 0.65, 1.1, 1.4]),
 ];
 
