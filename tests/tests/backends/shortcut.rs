@@ -92,6 +92,17 @@ fn room(lab: &mut Lab) -> Result<()> {
     whole(lab, "at first")?;
     ensure!(lab.host(1).status()?.path() == "tc+gro", "{}", lab.host(1).status()?.reasons());
 
+    // The host's firewall sees no datagram of the tunnel, neither on the underlay nor on the way through the room.
+    for line in [
+        "nft add table inet wall",
+        "nft add chain inet wall input { type filter hook input priority 0 ; }",
+        "nft add rule inet wall input meta l4proto udp drop",
+    ] {
+        lab.host(1).netns().output(line)?;
+    }
+    whole(lab, "behind a firewall that lets no UDP in")?;
+    lab.host(1).netns().output("nft delete table inet wall")?;
+
     lab.host_mut(1).agent_mut()?.crash()?;
     whole(lab, "without an agent")?;
     // As when the room's mount went with the agent's container: the door goes, and is done without.
