@@ -184,12 +184,16 @@ fn attached(host: &Host, choice: &Choice) -> Result<()> {
     let mut hooks = vec![("eth0", "ingress", "flannel_ingress", "link_ingress", in_kernel)];
     hooks.push(("flannel0", "egress", "flannel_encap", "link_encap", in_kernel));
     hooks.push(("cni0", "egress", "flannel_bridge", "link_bridge", choice.path == "tc+bridge"));
-    if choice.path == "tc+gro" {
-        hooks.push(("flannel0v", "ingress", "flannel_gro", "link_gro", true));
+    // Super-packets cross a veth between the hosts whole, so there it is the room, between cards the veth pair.
+    let whole = netns.ip("-d link show dev eth0")?.contains(" veth ");
+    let pair = [("flannel0v", whole), ("flannel0g", !whole)];
+    for (receiver, wanted) in pair {
+        let wanted = wanted && choice.path == "tc+gro";
+        ensure!(netns.has_device(receiver) == wanted, "{receiver}: wanted is {wanted}");
+        if wanted {
+            hooks.push((receiver, "ingress", "flannel_gro", "link_gro", true));
+        }
     }
-    // Super-packets cross the veth between the hosts whole, so it is the room and not the veth pair.
-    ensure!(netns.has_device("flannel0v") == (choice.path == "tc+gro"), "the room");
-    ensure!(!netns.has_device("flannel0g"), "the GRO pair");
     for (device, side, program, pin, wanted) in hooks {
         let filters = netns.output(&format!("tc filter show dev {device} {side}")).unwrap_or_default();
         let is_filter = filters.contains("pref 50 ") && filters.contains(program);
