@@ -147,6 +147,10 @@ fn again(lab: &mut Lab) -> Result<()> {
     start(lab, &flags)?;
     let (one, two) = (leased(lab.host(0), "blue", "10.1.")?, leased(lab.host(1), "blue", "10.1.")?);
     reach(lab.host(0), &two)?;
+    // From then on packets need no agent.
+    for host in lab.hosts() {
+        host.agent()?.wait_log("udp datapath tc+gro on eth0")?;
+    }
     let ping = Ping::new(lab.host(0).netns(), two.base())
         .count(100_000)
         .interval(Duration::from_millis(5))
