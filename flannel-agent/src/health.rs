@@ -47,6 +47,12 @@ impl Health {
         self.lock().waiting_for.remove(&(self.scope.clone(), part)).is_some()
     }
 
+    /// A start begins, whose last step is done when subnet.env is written: nobody may find nothing awaited between two
+    /// steps of it.
+    pub fn begin(&self) {
+        self.wait("subnet.env", "subnet.env is not written yet");
+    }
+
     /// The loop turned.
     pub fn turn(&self, now: Instant) {
         self.lock().last_turns.insert(self.scope.clone(), now);

@@ -86,8 +86,7 @@ pub async fn run(settings: Settings) -> ExitCode {
 async fn start_and_run(settings: Settings, stop: CancellationToken) -> Result<End, StartError> {
     listen_for_signals(stop.clone())?;
     let health = Health::default();
-    // The last thing of all: nobody may find nothing awaited between two steps of the start.
-    health.wait("subnet.env", "subnet.env is not written yet");
+    health.begin();
     if let Some(address) = settings.healthz {
         let listener =
             health::bind(address).await.map_err(|source| StartError::Health { address, source })?;

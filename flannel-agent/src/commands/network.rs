@@ -16,7 +16,6 @@ use crate::agent::{Agent, AgentOptions, Company, End, Node, Orders};
 use crate::backends::{self, BackendContext};
 use crate::cli::Settings;
 use crate::domain::config::{BackendConfig, NetworkConfig};
-use crate::domain::host_state::Datapath;
 use crate::domain::interface::{self, ExistingLink, Families, Selection};
 use crate::domain::lease::Lease;
 use crate::health::Health;
@@ -33,9 +32,6 @@ const QUESTIONS: usize = 16;
 
 /// A device name nobody has before our lease says which one is ours.
 const PROVISIONAL_DEVICE: &str = "flannel0";
-
-/// From this Linux on, programs of several tunnels hang side by side on one hook (tcx, commit e420bed02507).
-const SIDE_BY_SIDE: (u32, u32) = (6, 6);
 
 /// What a network has for itself.
 pub(super) struct Network {
@@ -132,19 +128,10 @@ impl Network {
         let interface =
             interface::choose(&selection.selectors, &facts, selection.public, selection.families)?;
         tracing::info!("using interface {interface}");
-        let mut tunnel = settings.tunnel;
-        let is_tunnel = matches!(config.backend, BackendConfig::Udp { .. });
-        if is_tunnel && claimed.is_second_tunnel() && sysctl::kernel_release() < Some(SIDE_BY_SIDE) {
-            tracing::warn!(
-                "another network's tunnel has the tc filter of this interface, which before Linux 6.6 is one: this one is \
-                 carried in user space"
-            );
-            tunnel.datapath = Datapath::Tun;
-        }
         let mut context = BackendContext {
             interface,
             tunnel_device: PROVISIONAL_DEVICE.to_owned(),
-            tunnel,
+            tunnel: settings.tunnel,
             tunnel_mtu: settings.tunnel_mtu,
         };
         let backend = backends::choose(&config, context.clone())?;
@@ -159,7 +146,7 @@ impl Network {
         tracing::info!("lease {} of {node}", lease.subnets);
 
         // Only now it is known which of several tunnel devices carries our subnet.
-        if is_tunnel {
+        if matches!(config.backend, BackendConfig::Udp { .. }) {
             context.tunnel_device = tunnel_device(&netlink, &lease, &mut claimed).await?;
         }
         let backend = backends::choose(&config, context.clone())?;

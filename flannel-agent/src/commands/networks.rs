@@ -207,6 +207,7 @@ impl Supervisor {
         }
         let orders = Orders::default();
         let health = self.health.of_network(name.as_str());
+        health.begin();
         let network = Network {
             store: self.stores.network(Some(name)),
             subnet_file: self.networks.subnet_dir.join(format!("{name}.env")),
@@ -267,6 +268,7 @@ async fn keep(network: Network, settings: Arc<Settings>, orders: Orders) {
             () = tokio::time::sleep(pause) => {}
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
+        network.health.begin();
         network.health.done(PART);
     }
 }

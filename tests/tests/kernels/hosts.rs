@@ -1,7 +1,7 @@
 //! The lab that the tests share. It lives on a thread of its own, because what is started from a thread ends with it.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread::{self, JoinHandle},
 };
 
@@ -13,6 +13,11 @@ type Job = Box<dyn FnOnce(&mut Option<Lab>) + Send>;
 
 /// One test at a time, on whatever hosts.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// Waits until no other test runs.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Two hosts, built when the first test needs them; gone with the last clone of this.
 #[derive(Clone)]
@@ -42,7 +47,7 @@ impl Hosts {
     }
 
     fn run(&self, test: impl FnOnce(&mut Lab) -> Result<()> + Send + 'static) -> Result<()> {
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = turn();
         let underlay = self.underlay;
         let (answer, answered) = mpsc::channel();
         let job: Job = Box::new(move |place| {

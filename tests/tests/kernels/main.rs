@@ -2,11 +2,12 @@
 //! `cargo xtask vm` runs on every kernel of its matrix, and `cargo xtask test` on this one.
 //!
 //! Emulated, everything takes ten times as long, and most of that would go into starting etcd and building hosts. So all
-//! tests share one lab (two where network cards are lent), one after the other, each beginning with agents of its own; after a failure the next one gets a
-//! new lab. What is expected of which kernel is in `expected.rs`.
+//! tests share one lab (two where network cards are lent), one after the other, each beginning with agents of its own;
+//! after a failure the next one gets a new lab. What is expected of which kernel is in `expected.rs`.
 
 mod expected;
 mod hosts;
+mod networks;
 mod shortcut;
 mod tiers;
 
@@ -20,6 +21,7 @@ use flannel_tests::{
 fn main() -> ExitCode {
     let hosts = hosts::Hosts::on(Underlay::Bridge);
     let mut trials = tiers::trials(&hosts);
+    trials.push(networks::trial());
     // The guests of `cargo xtask vm` have some.
     let with_cards = hosts::Hosts::on(Underlay::Cards);
     if cards::are_lent() {

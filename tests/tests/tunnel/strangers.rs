@@ -144,6 +144,7 @@ pub(crate) fn clsact() -> Result<()> {
             side: Side::Ingress,
             order: Order::First,
             pin: LinkPin::Ingress,
+            handle: programs::ALONE,
         };
         let kind = programs::TcKind::Clsact;
         for generation in 1..=2_u32 {
@@ -173,6 +174,7 @@ pub(crate) fn clsact() -> Result<()> {
             side: Side::Ingress,
             order: Order::First,
             pin: LinkPin::Ingress,
+            handle: programs::ALONE,
         };
         programs::detach_clsact(programs::INGRESS, &hook)?;
         programs::detach_clsact(programs::INGRESS, &hook)?;

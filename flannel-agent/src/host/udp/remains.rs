@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::programs::{self, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Side, inspect};
+use super::programs::{
+    self, ALONE, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Side, inspect,
+};
 use super::{gro_pair, ladder};
 use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink};
@@ -28,12 +30,14 @@ struct Filter {
     device: String,
     ifindex: u32,
     side: Side,
+    handle: u32,
 }
 
 impl Filter {
     fn hook(&self) -> Hook<'_> {
         let pin = if self.program == ENCAP { LinkPin::Encap } else { LinkPin::Ingress };
-        Hook { device: &self.device, ifindex: self.ifindex, side: self.side, order: Order::First, pin }
+        let Self { device, ifindex, side, handle, .. } = self;
+        Hook { device, ifindex: *ifindex, side: *side, order: Order::First, pin, handle: *handle }
     }
 }
 
@@ -140,10 +144,9 @@ fn find_filters(links: &[LinkInfo]) -> Vec<Filter> {
     for link in links {
         for (program, side) in ours {
             let (device, ifindex) = (link.name.clone(), link.index);
-            let filter = Filter { program, device, ifindex, side };
-            if programs::has_clsact(program, &filter.hook()) {
-                filters.push(filter);
-            }
+            let any = Filter { program, device, ifindex, side, handle: ALONE };
+            let handles = programs::clsact_handles(program, &any.hook());
+            filters.extend(handles.into_iter().map(|handle| Filter { handle, ..any.clone() }));
         }
     }
     filters

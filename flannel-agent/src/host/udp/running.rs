@@ -154,7 +154,7 @@ impl Running {
             tracing::info!("udp datapath {} on {}: {}", rung.tier.name(), tunnel.underlay, rung.reason);
         }
         if self.tunnel.underlay != tunnel.underlay {
-            filters::leave_underlay(&self.tunnel.underlay)?;
+            filters::leave_underlay(&self.tunnel)?;
         }
         self.tunnel = tunnel.clone();
         self.rung = Some(rung);

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::gro_pair;
 use super::ladder::Tier;
 use super::maps::{OpenMaps, from_wire};
-use super::programs::{self, ENCAP, Hook, INGRESS, LinkPin, Order, PinFolder, Side, inspect};
+use super::programs::{self, ALONE, ENCAP, Hook, INGRESS, LinkPin, Order, PinFolder, Side, inspect};
 use super::report::{Ledger, TunnelReport};
 use crate::host::HostError;
 use crate::host::netlink::{LinkInfo, Netlink, ROUTE_PROTOCOL, RouteEntry};
@@ -85,6 +85,7 @@ impl Ground<'_> {
                 side: Side::Egress,
                 order: Order::First,
                 pin: LinkPin::Encap,
+                handle: ALONE,
             };
             Some(Attached { program: programs::clsact_program(ENCAP, &hook)?, ifindex: link.index })
         });
@@ -94,7 +95,7 @@ impl Ground<'_> {
         let underlay = self.links.iter().find(|link| link.index == settings.underlay).ok_or_else(|| {
             failed(format!("its underlay, interface {}, is gone: it carries nothing", settings.underlay))
         })?;
-        let (tier, reason) = self.tier(underlay).map_err(failed)?;
+        let (tier, reason) = self.tier(device, underlay).map_err(failed)?;
         let net = |address: u32, mask: u32| {
             Ipv4Net::with_netmask(from_wire(address), from_wire(mask))
                 .map_err(|e| failed(format!("the settings of {ENCAP}: {e}")))
@@ -133,7 +134,7 @@ impl Ground<'_> {
     }
 
     /// Who receives.
-    fn tier(&self, underlay: &LinkInfo) -> Result<(Tier, String), String> {
+    fn tier(&self, device: &str, underlay: &LinkInfo) -> Result<(Tier, String), String> {
         if self.attached(LinkPin::Xdp).is_some_and(|at| at.ifindex == underlay.index) {
             return Ok((Tier::Xdp, "pinned and attached".to_owned()));
         }
@@ -143,6 +144,7 @@ impl Ground<'_> {
             side: Side::Ingress,
             order: Order::First,
             pin: LinkPin::Ingress,
+            handle: programs::handle_of(device),
         };
         let linked = self.attached(LinkPin::Ingress).is_some_and(|at| at.ifindex == underlay.index);
         if linked || programs::has_clsact(INGRESS, &hook) {

@@ -7,7 +7,7 @@ use crate::host::HostError;
 use crate::host::netlink::Netlink;
 use crate::host::udp::filters;
 use crate::host::udp::gro_pair;
-use crate::host::udp::programs::{BRIDGE, ENCAP, INGRESS, LinkPin, PinFolder, Side};
+use crate::host::udp::programs::{ALONE, BRIDGE, ENCAP, LinkPin, PinFolder, Side};
 use crate::host::udp::underlay;
 
 /// Takes the kernel's part of the tunnel away, whoever put it there: links, then maps, then the pair. That nothing is
@@ -23,15 +23,12 @@ pub(in crate::host::udp) async fn tear_down(
     let pins = PinFolder::new(bpffs, &tunnel.device);
     let mut result: Result<(), HostError> = Ok(());
     for bridge in netlink.bridges().await? {
-        let left = filters::leave(BRIDGE, &bridge.name, Side::Egress, LinkPin::Bridge);
+        let left = filters::leave(BRIDGE, &bridge.name, (Side::Egress, LinkPin::Bridge, ALONE));
         result = result.and(left.map_err(HostError::from));
     }
-    let hooks = [
-        (ENCAP, &tunnel.device, Side::Egress, LinkPin::Encap),
-        (INGRESS, &tunnel.underlay, Side::Ingress, LinkPin::Ingress),
-    ];
-    for (name, device, side, pin) in hooks {
-        result = result.and(filters::leave(name, device, side, pin).map_err(HostError::from));
+    let encap = filters::leave(ENCAP, &tunnel.device, (Side::Egress, LinkPin::Encap, ALONE));
+    for left in [encap, filters::leave_underlay(tunnel)] {
+        result = result.and(left.map_err(HostError::from));
     }
     result.and(clear(netlink, &pins, &tunnel.device).await)
 }

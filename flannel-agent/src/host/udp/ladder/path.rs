@@ -21,7 +21,8 @@ use crate::host::udp::gro_pair::GroPair;
 use crate::host::udp::maps::{self, Maps, Towards, from_wire, to_wire};
 use crate::host::udp::place::Place;
 use crate::host::udp::programs::{
-    self, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Programs, Side, TcKind, inspect,
+    self, ALONE, BRIDGE, ENCAP, GRO, Hook, INGRESS, LinkPin, Order, PinFolder, Programs, Side, TcKind,
+    inspect,
 };
 use crate::host::udp::proof::{Adoption, Proof};
 use crate::host::udp::shortcut::{self, PodBridge, Shortcut};
@@ -212,17 +213,18 @@ impl KernelPath {
 
     pub(super) fn ingress_hook(&self) -> Hook<'_> {
         let (device, ifindex) = (self.underlay.0.as_str(), self.underlay.1);
-        Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Ingress }
+        let handle = programs::handle_of(&self.device.0);
+        Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Ingress, handle }
     }
 
     pub(super) fn encap_hook(&self) -> Hook<'_> {
         let (device, ifindex) = (self.device.0.as_str(), self.device.1);
-        Hook { device, ifindex, side: Side::Egress, order: Order::First, pin: LinkPin::Encap }
+        Hook { device, ifindex, side: Side::Egress, order: Order::First, pin: LinkPin::Encap, handle: ALONE }
     }
 
     pub(super) fn gro_hook(pair: &GroPair) -> Hook<'_> {
         let (device, ifindex) = (pair.receiver.name.as_str(), pair.receiver.ifindex);
-        Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Gro }
+        Hook { device, ifindex, side: Side::Ingress, order: Order::First, pin: LinkPin::Gro, handle: ALONE }
     }
 
     /// The far end of each redirect before what redirects to it.
@@ -240,6 +242,7 @@ impl KernelPath {
             side: Side::Ingress,
             order: Order::First,
             pin: LinkPin::Ingress,
+            handle: programs::handle_of(&device.0),
         };
         self.programs.attach_tc(INGRESS, &hook, &self.pins)?;
         let hook = Hook {
@@ -248,6 +251,7 @@ impl KernelPath {
             side: Side::Egress,
             order: Order::First,
             pin: LinkPin::Encap,
+            handle: ALONE,
         };
         self.tc = self.programs.attach_tc(ENCAP, &hook, &self.pins)?;
         Ok(())
@@ -283,7 +287,7 @@ impl KernelPath {
 
     pub(super) fn bridge_hook(bridge: &PodBridge) -> Hook<'_> {
         let (device, ifindex) = (bridge.name.as_str(), bridge.index);
-        Hook { device, ifindex, side: Side::Egress, order: Order::Last, pin: LinkPin::Bridge }
+        Hook { device, ifindex, side: Side::Egress, order: Order::Last, pin: LinkPin::Bridge, handle: ALONE }
     }
 
     /// Takes the shortcut: the pods' ports are known before the program that looks them up is there, and it is there
@@ -353,11 +357,12 @@ impl KernelPath {
         (self.programs, self.maps) = Programs::load(self.programs.settings(), &self.pins)?;
         self.place.taken(now);
         let (underlay, device) = (self.underlay.clone(), self.device.clone());
-        for (name, (device, ifindex), side, pin) in [
-            (INGRESS, &underlay, Side::Ingress, LinkPin::Ingress),
-            (ENCAP, &device, Side::Egress, LinkPin::Encap),
+        let handle = programs::handle_of(&device.0);
+        for (name, (device, ifindex), side, pin, handle) in [
+            (INGRESS, &underlay, Side::Ingress, LinkPin::Ingress, handle),
+            (ENCAP, &device, Side::Egress, LinkPin::Encap, ALONE),
         ] {
-            let hook = Hook { device, ifindex: *ifindex, side, order: Order::First, pin };
+            let hook = Hook { device, ifindex: *ifindex, side, order: Order::First, pin, handle };
             self.programs.attach_in_front(name, self.tc, &hook, &self.pins)?;
         }
         tracing::info!("{ahead}: ours is in front again");

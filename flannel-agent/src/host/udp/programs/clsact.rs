@@ -1,7 +1,8 @@
 //! The tc hook of kernels before 6.6, which have no tcx links: a classifier on the `clsact` qdisc.
 //!
 //! Such a filter is not a file that can be pinned. It outlives the agent by itself, and is found again by its name and
-//! handle. Filters run in the order of their priorities, and one may end the processing of a packet; so ours moves in
+//! handle, which is the tunnel's ([`handle_of`]): filters of one priority run one after the other until one has an
+//! opinion, so any number of tunnels stand side by side on an underlay. Filters run in the order of their priorities, and one may end the processing of a packet; so ours moves in
 //! front of whoever takes a lower number, down to 1. Others' filters are never touched; the qdisc stays when ours go,
 //! because nobody can tell who else relies on it.
 
@@ -22,7 +23,6 @@ use crate::host::udp::errno::Refusal;
 /// Before what other agents use by default (Cilium 1, others 49152): a final verdict of theirs must not come first,
 /// and ours ends nothing that isn't the tunnel's.
 const PRIORITY: u16 = 50;
-const HANDLE: TcHandle = TcHandle::new(0, 1);
 
 // linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h
 const RTM_NEWTFILTER: u16 = 44;
@@ -39,6 +39,21 @@ const TCA_CHAIN: u16 = 11;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_ID: u16 = 11;
 
+/// The handle of a filter on a device that no two tunnels share.
+pub const ALONE: u32 = 1;
+
+/// The handle of a tunnel's filter on its underlay: 1 of `flannel0`, 2 of `flannel1`, and so on.
+#[must_use]
+pub fn handle_of(device: &str) -> u32 {
+    let number = device.strip_prefix("flannel").and_then(|number| number.parse::<u16>().ok());
+    u32::from(number.unwrap_or(0)) + 1
+}
+
+/// The tunnel device whose filters have this handle.
+fn device_of(handle: u32) -> String {
+    format!("flannel{}", handle.saturating_sub(1))
+}
+
 /// A filter on a hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Filter {
@@ -51,14 +66,30 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Ours has our handle, too: another tool's filter with our program is its own affair.
-    fn is(&self, name: &str) -> bool {
-        self.name == name && self.handle == u32::from(HANDLE)
+    /// This tunnel's.
+    fn is(&self, ours: &Ours<'_>) -> bool {
+        self.is_kin(ours) && self.handle == ours.handle
+    }
+
+    /// Some tunnel's of this host: it ends the processing of packets of its own port only.
+    fn is_kin(&self, ours: &Ours<'_>) -> bool {
+        self.chain == 0 && self.name == ours.name
     }
 
     fn link(&self, hook: &Hook<'_>) -> io::Result<SchedClassifierLink> {
-        SchedClassifierLink::attached(hook.device, hook.side.tc(), self.priority, HANDLE, None)
+        SchedClassifierLink::attached(hook.device, hook.side.tc(), self.priority, handle(self.handle), None)
     }
+}
+
+/// What tells a tunnel's filter on a hook from all others.
+#[derive(Clone, Copy, Debug)]
+struct Ours<'a> {
+    name: &'a str,
+    handle: u32,
+}
+
+fn handle(number: u32) -> TcHandle {
+    TcHandle::new((number >> 16) as u16, number as u16)
 }
 
 /// Puts the program in place, in one step if an earlier one of ours is there: at [`PRIORITY`], or before whoever is there
@@ -66,22 +97,30 @@ impl Filter {
 pub(super) fn attach(program: &mut SchedClassifier, hook: &Hook<'_>, name: &str) -> Result<(), Refusal> {
     let doing = || format!("attach {name} to {} of {} with clsact", hook.side.word(), hook.device);
     let filters = list(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
-    let id = match first_of(&filters, |filter| filter.is(name)) {
+    let ours = Ours { name, handle: hook.handle };
+    let id = match first_of(&filters, |filter| filter.is(&ours)) {
         Some(first) => {
             // An agent was killed between two steps of moving in front.
-            remove(hook, filters.iter().filter(|filter| filter.is(name) && *filter != first))?;
+            remove(hook, filters.iter().filter(|filter| filter.is(&ours) && *filter != first))?;
             let old = first.link(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
             program.attach_to_link(old)
         }
         None => {
-            let priority = free_priority(&filters, hook.order);
+            let priority = free_priority(&filters, &ours, hook.order);
             add_qdisc(hook.device).map_err(|e| Refusal::from_tc(doing(), &e))?;
-            let options = TcAttachOptions::Netlink(NlOptions { priority, handle: HANDLE, classid: None });
+            let handle = handle(hook.handle);
+            let options = TcAttachOptions::Netlink(NlOptions { priority, handle, classid: None });
             program.attach_with_options(hook.device, hook.side.tc(), options)
         }
     }
     .map_err(|e| Refusal::from_program(doing(), &e))?;
-    forget(program, id).map_err(|e| Refusal::from_program(doing(), &e))
+    forget(program, id).map_err(|e| Refusal::from_program(doing(), &e))?;
+    // Of a tunnel that is gone while no agent looked.
+    let is_orphan = |filter: &&Filter| {
+        let is_there = || nix::net::if_::if_nametoindex(device_of(filter.handle).as_str()).is_ok();
+        filter.is_kin(&ours) && !filter.is(&ours) && !is_there()
+    };
+    remove(hook, filters.iter().filter(is_orphan))
 }
 
 /// Puts the program before all other filters, and only then takes the one of ours away that is behind them.
@@ -95,17 +134,19 @@ pub(super) fn attach_in_front(
 ) -> Result<(), Refusal> {
     let doing = || format!("attach {name} first to {} of {} with clsact", hook.side.word(), hook.device);
     let filters = list(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
-    if ahead_of(&filters, name).is_none() {
+    let ours = Ours { name, handle: hook.handle };
+    if ahead_of(&filters, &ours).is_none() {
         return Ok(());
     }
-    let priority = before(&filters)
+    let priority = before(&filters, &ours)
         .ok_or_else(|| Refusal::new(doing(), "priority 1 is taken, and nothing comes before it"))?;
-    let options = TcAttachOptions::Netlink(NlOptions { priority, handle: HANDLE, classid: None });
+    let options =
+        TcAttachOptions::Netlink(NlOptions { priority, handle: handle(hook.handle), classid: None });
     let id = program
         .attach_with_options(hook.device, hook.side.tc(), options)
         .map_err(|e| Refusal::from_program(doing(), &e))?;
     forget(program, id).map_err(|e| Refusal::from_program(doing(), &e))?;
-    remove(hook, filters.iter().filter(|filter| filter.is(name)))
+    remove(hook, filters.iter().filter(|filter| filter.is(&ours)))
 }
 
 fn remove<'f>(hook: &Hook<'_>, filters: impl Iterator<Item = &'f Filter>) -> Result<(), Refusal> {
@@ -123,11 +164,19 @@ fn forget(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> Result<()
 }
 
 /// A number for a new filter: where it belongs, else a free one as near as possible.
-fn free_priority(filters: &[Filter], order: Order) -> u16 {
+fn free_priority(filters: &[Filter], ours: &Ours<'_>, order: Order) -> u16 {
     let numbers: Vec<u16> =
         filters.iter().filter(|filter| filter.chain == 0).map(|filter| filter.priority).collect();
     let wanted = match order {
-        Order::First => before(filters),
+        Order::First => {
+            // Beside another tunnel's, if nobody else is before that.
+            let kin = first_of(filters, |filter| filter.is_kin(ours)).map(|filter| filter.priority);
+            let stranger = first_of(filters, |filter| !filter.is_kin(ours)).map(|filter| filter.priority);
+            match kin.filter(|kin| stranger.is_none_or(|stranger| *kin < stranger)) {
+                Some(beside) => return beside,
+                None => before(filters, ours),
+            }
+        }
         Order::Last => {
             numbers.iter().max().and_then(|last| last.checked_add(1)).map(|next| next.max(PRIORITY))
         }
@@ -137,8 +186,8 @@ fn free_priority(filters: &[Filter], order: Order) -> u16 {
 }
 
 /// [`PRIORITY`], or the number before the first; nothing comes before 1.
-fn before(filters: &[Filter]) -> Option<u16> {
-    match first_of(filters, |_| true) {
+fn before(filters: &[Filter], ours: &Ours<'_>) -> Option<u16> {
+    match first_of(filters, |filter| !filter.is_kin(ours)) {
         Some(first) if first.priority <= PRIORITY => {
             first.priority.checked_sub(1).filter(|before| *before > 0)
         }
@@ -152,19 +201,20 @@ fn first_of(filters: &[Filter], wanted: impl Fn(&Filter) -> bool) -> Option<&Fil
 
 /// The filter of others that packets meet before ours, if one does.
 pub(super) fn ahead(hook: &Hook<'_>, name: &str) -> Option<Filter> {
-    ahead_of(&list(hook).ok()?, name).cloned()
+    ahead_of(&list(hook).ok()?, &Ours { name, handle: hook.handle }).cloned()
 }
 
-fn ahead_of<'f>(filters: &'f [Filter], name: &str) -> Option<&'f Filter> {
-    let ours = first_of(filters, |filter| filter.is(name))?;
-    first_of(filters, |filter| !filter.is(name)).filter(|other| other.priority < ours.priority)
+fn ahead_of<'f>(filters: &'f [Filter], ours: &Ours<'_>) -> Option<&'f Filter> {
+    let own = first_of(filters, |filter| filter.is(ours))?;
+    first_of(filters, |filter| !filter.is_kin(ours)).filter(|other| other.priority < own.priority)
 }
 
 /// Removes our filter; that there is none, or no such device, is a success.
 pub(super) fn detach(hook: &Hook<'_>, name: &str) -> Result<(), Refusal> {
     let doing = || format!("detach {name} from {} of {}", hook.side.word(), hook.device);
     let filters = list(hook).map_err(|e| Refusal::from_io(doing(), &e))?;
-    remove(hook, filters.iter().filter(|filter| filter.is(name)))
+    let ours = Ours { name, handle: hook.handle };
+    remove(hook, filters.iter().filter(|filter| filter.is(&ours)))
 }
 
 fn add_qdisc(device: &str) -> Result<(), TcError> {
@@ -176,7 +226,14 @@ fn add_qdisc(device: &str) -> Result<(), TcError> {
 
 /// Our filter on the hook.
 pub(super) fn find(hook: &Hook<'_>, name: &str) -> io::Result<Option<Filter>> {
-    Ok(first_of(&list(hook)?, |filter| filter.is(name)).cloned())
+    let ours = Ours { name, handle: hook.handle };
+    Ok(first_of(&list(hook)?, |filter| filter.is(&ours)).cloned())
+}
+
+/// Handles of the filters by that name on the hook, of whichever tunnels.
+pub(super) fn handles(hook: &Hook<'_>, name: &str) -> io::Result<Vec<u32>> {
+    let ours = Ours { name, handle: hook.handle };
+    Ok(list(hook)?.iter().filter(|filter| filter.is_kin(&ours)).map(|filter| filter.handle).collect())
 }
 
 /// Every filter on the hook; none where there is no qdisc or no such device.
@@ -343,6 +400,21 @@ mod tests {
     }
 
     #[test]
+    fn tunnels_stand_side_by_side_and_none_is_a_stranger_to_the_other() {
+        assert_eq!((handle_of("flannel0"), handle_of("flannel1"), handle_of("other")), (1, 2, 1));
+        assert_eq!(device_of(handle_of("flannel7")), "flannel7");
+        let (us, first) = (Ours { name: "flannel_ingress", handle: 2 }, of("flannel_ingress", 50));
+        assert_eq!(free_priority(std::slice::from_ref(&first), &us, Order::First), 50);
+        assert_eq!(free_priority(&[first.clone(), of("u32", 60)], &us, Order::First), 50);
+        assert_eq!(free_priority(&[first.clone(), of("u32", 10)], &us, Order::First), 9);
+        let second = Filter { handle: 2, ..of("flannel_ingress", 9) };
+        for (ours, other) in [(us, of("u32", 10)), (Ours { handle: 1, ..us }, of("u32", 60))] {
+            assert_eq!(ahead_of(&[first.clone(), second.clone(), other], &ours), None);
+        }
+        assert_eq!(before(&[first, second, of("u32", 10)], &us), Some(9));
+    }
+
+    #[test]
     fn no_filter_is_an_answer_and_no_permission_an_error() {
         for (errno, gone) in [(libc::ENOENT, true), (libc::EINVAL, true), (libc::EPERM, false)] {
             let result = parse(&answer(NLMSG_ERROR, &(-errno).to_ne_bytes()), &mut Vec::new());
@@ -354,22 +426,23 @@ mod tests {
     #[test]
     fn ours_goes_before_the_first_of_others_and_nothing_before_one() {
         let ours = of("flannel_ingress", 50);
-        let first = |filters: &[Filter]| free_priority(filters, Order::First);
+        let us = Ours { name: "flannel_ingress", handle: 1 };
+        let first = |filters: &[Filter]| free_priority(filters, &us, Order::First);
         assert_eq!(first(&[]), 50);
         assert_eq!(first(&[of("u32", 60)]), 50);
         assert_eq!(first(&[of("other", 50)]), 49);
         assert_eq!(first(&[of("u32", 60), of("u32", 10)]), 9);
         assert_eq!(first(&[of("u32", 1), of("u32", 50)]), 51);
-        assert_eq!(before(&[of("u32", 10), ours.clone()]), Some(9));
-        assert_eq!(before(&[of("u32", 1), ours.clone()]), None);
-        assert_eq!(free_priority(&[of("u32", 10)], Order::Last), 50);
-        assert_eq!(free_priority(&[of("u32", 10), of("u32", 49152)], Order::Last), 49153);
+        assert_eq!(before(&[of("u32", 10), ours.clone()], &us), Some(9));
+        assert_eq!(before(&[of("u32", 1), ours.clone()], &us), None);
+        assert_eq!(free_priority(&[of("u32", 10)], &us, Order::Last), 50);
+        assert_eq!(free_priority(&[of("u32", 10), of("u32", 49152)], &us, Order::Last), 49153);
         // What another chain holds is met only by packets that are sent there.
         let elsewhere = Filter { chain: 7, ..of("other", 1) };
-        assert_eq!(ahead_of(&[elsewhere, ours.clone()], "flannel_ingress"), None);
-        assert_eq!(ahead_of(&[of("u32", 60), ours.clone()], "flannel_ingress"), None);
+        assert_eq!(ahead_of(&[elsewhere, ours.clone()], &us), None);
+        assert_eq!(ahead_of(&[of("u32", 60), ours.clone()], &us), None);
         let found = [of("u32", 30), ours, of("u32", 20)];
-        assert_eq!(ahead_of(&found, "flannel_ingress").map(|filter| filter.priority), Some(20));
-        assert_eq!(ahead_of(&[of("u32", 20)], "flannel_ingress"), None, "ours is not there at all");
+        assert_eq!(ahead_of(&found, &us).map(|filter| filter.priority), Some(20));
+        assert_eq!(ahead_of(&[of("u32", 20)], &us), None, "ours is not there at all");
     }
 }

@@ -26,6 +26,7 @@ use flannel_common::tunnel::Settings;
 use super::errno::Refusal;
 use super::maps::{self, Maps};
 use super::object;
+pub use clsact::{ALONE, handle_of};
 use inspect::LinkKind;
 pub use load::LoadedMaps;
 use load::{Accepted, Loadable};
@@ -89,6 +90,8 @@ pub struct Hook<'a> {
     pub side: Side,
     pub order: Order,
     pub pin: LinkPin,
+    /// Of the tunnel's filter on clsact: [`handle_of`] where tunnels meet, else [`ALONE`].
+    pub handle: u32,
 }
 
 /// Where in the line of programs at a tcx hook.
@@ -422,6 +425,12 @@ pub fn detach_clsact(name: &'static str, hook: &Hook<'_>) -> Result<(), Refusal>
 #[must_use]
 pub fn has_clsact(name: &'static str, hook: &Hook<'_>) -> bool {
     matches!(clsact::find(hook, name), Ok(Some(_)))
+}
+
+/// Handles of the filters by that name on the hook, of whichever tunnels; none where nobody can say.
+#[must_use]
+pub fn clsact_handles(name: &'static str, hook: &Hook<'_>) -> Vec<u32> {
+    clsact::handles(hook, name).unwrap_or_default()
 }
 
 /// Id of the program of our filter by that name on the hook.
