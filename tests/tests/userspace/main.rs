@@ -20,11 +20,15 @@ use libtest_mimic::{Failed, Trial};
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 23] = [
+    let tests: [(&str, Test); 24] = [
         ("a_datagram_crosses_and_costs_two_hops", traffic::a_datagram_crosses_and_costs_two_hops),
         ("tcp_arrives_byte_for_byte_in_every_role", traffic::tcp_arrives_byte_for_byte_in_every_role),
         ("tcp_arrives_byte_for_byte_without_underlay_offloads", traffic::tcp_without_underlay_offloads),
         ("tcp_arrives_byte_for_byte_over_a_smaller_path", traffic::tcp_over_a_smaller_path),
+        (
+            "datagrams_survive_that_merging_ends_while_they_wait",
+            traffic::datagrams_survive_that_merging_ends_while_they_wait,
+        ),
         ("udp_segments_arrive_as_single_datagrams", traffic::udp_segments_arrive_as_single_datagrams),
         (
             "a_full_packet_fits_and_a_larger_one_crosses_in_fragments",

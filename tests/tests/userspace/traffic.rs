@@ -3,6 +3,8 @@
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -154,6 +156,45 @@ pub(crate) fn udp_segments_arrive_as_single_datagrams() -> Result<()> {
     }
     counts(&a, Counter::Encapsulated, 50 * AT_ONCE as u64)?;
     assert_eq!((drops(&a), drops(&b)), (vec![], vec![]));
+    Ok(())
+}
+
+/// Datagrams that were merged before the kernel was told to merge no more wait on the socket without their size.
+pub(crate) fn datagrams_survive_that_merging_ends_while_they_wait() -> Result<()> {
+    const SIZE: usize = 200;
+    const AT_ONCE: usize = 20;
+    const ROUNDS: usize = 400;
+    let (rig, _a, b) = Rig::joined(Role::WholePath)?;
+    let (client, server) = (rig::udp(&rig.a, A.pod, 7000)?, rig::udp(&rig.b, B.pod, 7001)?);
+    set_option(&client, libc::SOL_UDP, libc::UDP_SEGMENT, SIZE as i32)?;
+    let target = server.local_addr()?;
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for role in ROLES.map(|(_, role)| role) {
+                    b.set_role(role);
+                }
+            }
+        });
+        let exchange = || -> Result<()> {
+            let (mut sent, mut got) = (vec![0; SIZE * AT_ONCE], vec![0; 2000]);
+            for round in 0..ROUNDS {
+                Pattern::new(round as u64).fill(&mut sent);
+                client.send_to(&sent, target)?;
+                for (i, expected) in sent.chunks(SIZE).enumerate() {
+                    let received = rig::receive(&server, &mut got);
+                    let (length, _) = received.with_context(|| format!("datagram {i} of round {round}"))?;
+                    ensure!(&got[..length] == expected, "datagram {i} of round {round}");
+                }
+            }
+            Ok(())
+        };
+        let result = exchange();
+        stop.store(true, Ordering::Relaxed);
+        result
+    })?;
+    assert_eq!(drops(&b), vec![]);
     Ok(())
 }
 

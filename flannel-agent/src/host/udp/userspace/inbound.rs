@@ -3,7 +3,7 @@
 use std::{
     io::{ErrorKind, IoSlice},
     os::fd::AsFd,
-    sync::Mutex,
+    sync::{Mutex, PoisonError, atomic::Ordering},
     time::Instant,
 };
 
@@ -75,9 +75,18 @@ impl<'s> Inbound<'s> {
     /// Delivers what waits on the socket, at most one call's worth.
     fn step(&mut self) -> Progress {
         let shared = self.shared;
-        self.inbox.expect(shared.role().udp_gro());
-        match shared.socket.receive(&mut self.inbox) {
-            Ok(()) => deliver_all(shared, &mut self.inbox, &mut self.lines),
+        let (received, left) = {
+            let role = shared.role.read().unwrap_or_else(PoisonError::into_inner);
+            self.inbox.expect(role.udp_gro());
+            let received = shared.socket.receive(&mut self.inbox);
+            let left = shared.merged_left.load(Ordering::Relaxed);
+            if received.as_ref().is_err_and(|e| e.kind() == ErrorKind::WouldBlock) {
+                shared.merged_left.store(left.saturating_sub(1), Ordering::Relaxed);
+            }
+            (received, left > 0)
+        };
+        match received {
+            Ok(()) => deliver_all(shared, &mut self.inbox, left, &mut self.lines),
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == ErrorKind::Interrupted => return Progress::More,
             Err(e) => {
@@ -91,7 +100,8 @@ impl<'s> Inbound<'s> {
     }
 }
 
-fn deliver_all(shared: &Shared, inbox: &mut Inbox, lines: &mut RateLimit) {
+/// `left`: datagrams that the kernel merged, and no longer says so, may be among them.
+fn deliver_all(shared: &Shared, inbox: &mut Inbox, left: bool, lines: &mut RateLimit) {
     let peers = shared.peers.load();
     let mut merger = Merger::new();
     let mut write = |pieces: &[IoSlice<'_>]| write(shared, pieces, lines);
@@ -101,6 +111,7 @@ fn deliver_all(shared: &Shared, inbox: &mut Inbox, lines: &mut RateLimit) {
             continue;
         }
         let arrival = Arrival { node: u32::from_ne_bytes(node.octets()), tos };
+        let size = if left && size == bytes.len() { first_of(bytes) } else { size };
         // One datagram, or several; or one whose content is to be cut to that size, and the kernel says both alike.
         let content = if size < bytes.len() { datagrams_in(bytes, size) } else { None };
         let size = if content.is_some() { bytes.len() } else { size };
@@ -113,6 +124,11 @@ fn deliver_all(shared: &Shared, inbox: &mut Inbox, lines: &mut RateLimit) {
         }
     }
     merger.flush(&mut write);
+}
+
+/// Length of the first of several datagrams, which the others have too: each holds one packet.
+fn first_of(bytes: &[u8]) -> usize {
+    whole(bytes).map_or(bytes.len(), |(first, _)| usize::from(first.total_length()))
 }
 
 /// What the datagram is when it is one inner UDP packet that another kernel left to be cut.

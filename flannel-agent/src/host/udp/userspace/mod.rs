@@ -47,7 +47,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
     },
     thread::{self, JoinHandle},
 };
@@ -75,6 +75,9 @@ use tally::Tally;
 
 use super::checksum;
 use crate::{domain::host_state::SourceCheck, host::HostError};
+
+/// One more than the last look that finds the socket empty: another CPU may just be putting a merged one there.
+const EMPTY_LOOKS: u8 = 2;
 
 /// One tunnel.
 #[derive(Clone, Debug)]
@@ -169,6 +172,7 @@ impl UserTunnel {
             address: config.own_subnet.network(),
             peers: ArcSwap::default(),
             role: RwLock::new(config.role),
+            merged_left: AtomicU8::new(0),
             outbound: Tally::new(),
             inbound: Tally::new(),
             stop: Stop::new().map_err(|e| failed(format!("create an eventfd: {e}")))?,
@@ -209,6 +213,9 @@ impl UserTunnel {
         let mut current = self.shared.role.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.shared.socket.set_gro(role.udp_gro()) {
             tracing::warn!(device = self.shared.name, "setting UDP_GRO of the tunnel's socket: {e}");
+        }
+        if current.udp_gro() == UdpGro::Allowed {
+            self.shared.merged_left.store(EMPTY_LOOKS, Ordering::Relaxed);
         }
         *current = role;
     }
@@ -275,7 +282,11 @@ struct Shared {
     /// The device's address.
     address: Ipv4Addr,
     peers: ArcSwap<PeerTable>,
+    /// Read while the socket is, written while its options change.
     role: RwLock<Role>,
+    /// Merged datagrams may wait on the socket although nothing is merged any more: until it was found empty this often.
+    /// The kernel then hands them over as one, and does not say of what size they are (`udp_recvmsg`, net/ipv4/udp.c).
+    merged_left: AtomicU8,
     outbound: Tally,
     inbound: Tally,
     stop: Stop,
