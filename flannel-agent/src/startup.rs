@@ -136,7 +136,8 @@ mod tests {
     async fn an_unusable_configuration_is_waited_out() {
         let store = MemoryStore::new(r#"{"Network":"10.1.0.0/29"}"#);
         let health = Health::default();
-        let waiting = wait_for_config(&store, &health);
+        let node = store.open();
+        let waiting = wait_for_config(node.as_ref(), &health);
         let edit = async {
             tokio::time::sleep(Duration::from_secs(5)).await;
             let reasons = health.reasons();
@@ -151,8 +152,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_store_that_is_away_is_waited_for() {
         let store = MemoryStore::new(r#"{"Network":"10.1.0.0/16"}"#);
+        let node = store.open();
         let health = Health::default();
-        let config = wait_for_config(&store, &health).await.unwrap();
+        let config = wait_for_config(node.as_ref(), &health).await.unwrap();
         store.cut();
         let request = LeaseRequest {
             config,
@@ -165,7 +167,7 @@ mod tests {
             assert_eq!(health.reasons().len(), 1);
             store.mend();
         };
-        let (lease, ()) = tokio::join!(take_lease(&store, &request, &health), back);
+        let (lease, ()) = tokio::join!(take_lease(node.as_ref(), &request, &health), back);
         assert!(lease.is_ok());
     }
 }

@@ -1,6 +1,5 @@
 //! The loop against a store in memory and a host that only remembers.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::status::Status;
@@ -73,15 +72,9 @@ impl Running {
             previous: Some("10.1.7.0-24".parse().unwrap()),
             previous_only: false,
         };
-        let lease = store.acquire(&request).await.unwrap();
-        let node = Node {
-            config,
-            selection: by_default_route(),
-            context,
-            backend,
-            store: Arc::new(store.clone()),
-            lease,
-        };
+        let lease = store.open().acquire(&request).await.unwrap();
+        let node =
+            Node { config, selection: by_default_route(), context, backend, store: store.open(), lease };
         let files = tempfile::tempdir().unwrap();
         let options = AgentOptions {
             subnet_file: files.path().join("subnet.env"),

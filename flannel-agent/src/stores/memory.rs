@@ -1,47 +1,40 @@
 //! Leases in this process: what tests of everything above a store run on.
 //!
-//! Keeps entries as text, like a real store, so that the same decoding is exercised, and runs on tokio's clock, so
-//! that a test may pause it. It passes the same contract suite as etcd; the network between is simulated by
-//! [`MemoryStore::cut`] and [`MemoryStore::mend`].
+//! Keys and values under the same [`RegistryStore`] as etcd's, on tokio's clock, so that a test may pause it. Every node
+//! opens the store for itself; the network between is simulated by [`MemoryStore::cut`] and [`MemoryStore::mend`].
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::watch;
+use tokio::time::sleep_until;
 
-use super::{
-    CONFIG_EXAMPLE, LEASE_TTL, LeaseRequest, LeaseStore, StoreError, check_reservation, decode, in_words,
+use super::LeaseStore;
+use super::registry::{
+    Deleted, Entry, Listing, Notice, Registry, RegistryError, RegistryStore, Stored, Table, WatchEnd,
+    Written, follow, now,
 };
-use crate::domain::allocator::{Choice, Taken, choose};
-use crate::domain::config::NetworkConfig;
-use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets, Unreadable};
 
-const NAME: &str = "the store in memory";
+const CONFIG: &str = "config";
+const LEASES: &str = "subnets/";
+
+/// Nothing that it tells is ever lost.
+const RESYNC: Duration = Duration::from_secs(365 * 86400);
 
 /// A store that several agents of one process share by cloning it.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryStore {
-    state: Arc<Mutex<State>>,
+    memory: Arc<Memory>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    config: Option<String>,
-    revision: u64,
-    entries: BTreeMap<String, Entry>,
-    cut: bool,
-    watchers: Vec<UnboundedSender<LeaseEvent>>,
-}
-
-#[derive(Clone, Debug)]
-struct Entry {
-    value: String,
-    expires: Option<Instant>,
-    revision: u64,
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    table: Arc<Mutex<Table>>,
+    /// The latest revision.
+    news: watch::Sender<u64>,
+    cut: watch::Sender<bool>,
 }
 
 impl MemoryStore {
@@ -51,281 +44,168 @@ impl MemoryStore {
         store
     }
 
+    /// The leases as one more node opens them.
+    pub fn open(&self) -> Arc<dyn LeaseStore> {
+        Arc::new(RegistryStore::new(self.memory.clone(), "", RESYNC))
+    }
+
     pub fn set_config(&self, config: impl Into<String>) {
-        self.lock().config = Some(config.into());
+        self.memory.write(&mut self.memory.table(), CONFIG, config.into(), None);
     }
 
     pub fn remove_config(&self) {
-        self.lock().config = None;
+        self.memory.remove(&mut self.memory.table(), CONFIG);
     }
 
     /// Writes an entry as an operator or another daemon would, valid or not. Without `ttl` it is a reservation.
     pub fn put(&self, key: &str, value: &str, ttl: Option<Duration>) {
-        let expires = ttl.map(|ttl| Instant::now() + ttl);
-        let mut state = self.lock();
-        state.put(key, value, expires);
+        self.memory.write(&mut self.memory.table(), &format!("{LEASES}{key}"), value.to_owned(), ttl);
     }
 
     /// Deletes an entry; that there is none is fine.
     pub fn delete(&self, key: &str) {
-        self.lock().delete(key);
+        self.memory.remove(&mut self.memory.table(), &format!("{LEASES}{key}"));
     }
 
     /// Keys and values, ordered by key.
     pub fn entries(&self) -> Vec<(String, String)> {
-        let state = self.lock();
-        state.entries.iter().map(|(key, entry)| (key.clone(), entry.value.clone())).collect()
+        let entries = self.memory.table().list(LEASES).entries.into_iter();
+        let text = |entry: Entry| {
+            (entry.key.replacen(LEASES, "", 1), String::from_utf8_lossy(&entry.value).into_owned())
+        };
+        entries.map(text).collect()
     }
 
     /// From now on nobody reaches the store. Entries go on to expire in it.
     pub fn cut(&self) {
-        let mut state = self.lock();
-        if !std::mem::replace(&mut state.cut, true) {
-            state.tell(LeaseEvent::Interrupted(format!("{NAME} was cut off")));
-        }
+        self.memory.cut.send_replace(true);
     }
 
     /// Ends what [`cut`](Self::cut) began.
     pub fn mend(&self) {
-        let mut state = self.lock();
-        if std::mem::replace(&mut state.cut, false) {
-            let snapshot = state.snapshot();
-            state.tell(snapshot);
+        self.memory.cut.send_replace(false);
+    }
+}
+
+impl Memory {
+    /// As it is now: what has ended is gone. A panic elsewhere leaves it usable: every change is made whole.
+    fn table(&self) -> MutexGuard<'_, Table> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        for key in table.ended(now()) {
+            self.remove(&mut table, &key);
+        }
+        table
+    }
+
+    fn write(&self, table: &mut Table, key: &str, value: String, ttl: Option<Duration>) -> Written {
+        let revision = table.revision() + 1;
+        let stored = Stored { value: value.into_bytes(), revision, expires: ttl.map(|ttl| now() + ttl) };
+        let lifetime = stored.lifetime();
+        table.apply(key.to_owned(), Some(stored), revision);
+        self.news.send_replace(revision);
+        Written { revision, lifetime }
+    }
+
+    fn remove(&self, table: &mut Table, key: &str) {
+        if table.stored(key).is_some() {
+            let revision = table.revision() + 1;
+            table.apply(key.to_owned(), None, revision);
+            self.news.send_replace(revision);
         }
     }
 
-    /// A panic elsewhere leaves the state usable: every change is one insert or one remove.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.expire();
-        state
-    }
-
-    fn reach(&self) -> Result<MutexGuard<'_, State>, StoreError> {
-        let state = self.lock();
-        match state.cut {
-            true => Err(StoreError::Unreachable { store: NAME.into(), reason: "it was cut off".into() }),
-            false => Ok(state),
+    fn reach(&self) -> Result<MutexGuard<'_, Table>, RegistryError> {
+        match *self.cut.borrow() {
+            true => Err(RegistryError::Unreachable("it was cut off".into())),
+            false => Ok(self.table()),
         }
     }
+}
 
-    fn subscribe(&self) -> UnboundedReceiver<LeaseEvent> {
-        let (sender, receiver) = unbounded_channel();
-        let mut state = self.lock();
-        let first = match state.cut {
-            true => LeaseEvent::Interrupted(format!("{NAME} was cut off")),
-            false => state.snapshot(),
-        };
-        // The receiver is in our hands.
-        let _ = sender.send(first);
-        state.watchers.push(sender);
-        receiver
+#[async_trait]
+impl Registry for Memory {
+    fn name(&self) -> &str {
+        "the store in memory"
     }
 
-    async fn next(&self, events: &mut UnboundedReceiver<LeaseEvent>) -> Option<LeaseEvent> {
+    async fn get(&self, key: &str) -> Result<Option<Entry>, RegistryError> {
+        Ok(self.reach()?.get(key))
+    }
+
+    async fn list(&self, folder: &str) -> Result<Listing, RegistryError> {
+        Ok(self.reach()?.list(folder))
+    }
+
+    async fn create(
+        &self,
+        key: &str,
+        value: String,
+        ttl: Option<Duration>,
+    ) -> Result<Option<Written>, RegistryError> {
+        let mut table = self.reach()?;
+        let absent = table.stored(key).is_none();
+        Ok(absent.then(|| self.write(&mut table, key, value, ttl)))
+    }
+
+    async fn update(
+        &self,
+        old: &Entry,
+        value: String,
+        ttl: Option<Duration>,
+    ) -> Result<Option<Written>, RegistryError> {
+        let mut table = self.reach()?;
+        let unchanged = table.stored(&old.key).is_some_and(|stored| stored.revision == old.revision);
+        Ok(unchanged.then(|| self.write(&mut table, &old.key, value, ttl)))
+    }
+
+    async fn delete(&self, old: &Entry) -> Result<Deleted, RegistryError> {
+        let mut table = self.reach()?;
+        if table.stored(&old.key).is_none_or(|stored| stored.revision != old.revision) {
+            return Ok(Deleted::Changed);
+        }
+        self.remove(&mut table, &old.key);
+        Ok(Deleted::Yes)
+    }
+
+    async fn watch(
+        &self,
+        folder: &str,
+        revision: u64,
+    ) -> Result<BoxStream<'static, Result<Vec<Notice>, WatchEnd>>, RegistryError> {
+        drop(self.reach()?);
+        let notices = follow(self.table.clone(), self.news.subscribe(), folder, revision);
+        let watch = Watch { notices, cut: self.cut.subscribe(), memory: self.clone() };
+        Ok(stream::unfold(watch, |mut watch| async move { Some((watch.next().await, watch)) }).boxed())
+    }
+}
+
+struct Watch {
+    notices: BoxStream<'static, Result<Vec<Notice>, WatchEnd>>,
+    cut: watch::Receiver<bool>,
+    memory: Memory,
+}
+
+impl Watch {
+    async fn next(&mut self) -> Result<Vec<Notice>, WatchEnd> {
         loop {
-            let end = self.lock().entries.values().filter_map(|entry| entry.expires).min();
+            let end = self.memory.table().next_end();
             let expiry = async {
                 match end {
-                    Some(end) => sleep_until(end).await,
+                    Some(end) => sleep_until(end.into()).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 biased;
-                event = events.recv() => return event,
-                // `lock` at the top of the loop drops what has expired and tells everybody.
+                _ = self.cut.wait_for(|cut| *cut) => {
+                    return Err(WatchEnd::Broken("the store in memory was cut off".into()));
+                }
+                notices = self.notices.next() => {
+                    return notices.unwrap_or_else(|| Err(WatchEnd::Broken("the store is gone".into())));
+                }
+                // The look at the top of the loop drops what has ended and tells everybody.
                 () = expiry => {}
             }
         }
-    }
-}
-
-impl State {
-    fn expire(&mut self) {
-        let now = Instant::now();
-        let due = |entry: &Entry| entry.expires.is_some_and(|end| end <= now);
-        let keys: Vec<_> =
-            self.entries.iter().filter(|(_, entry)| due(entry)).map(|(key, _)| key.clone()).collect();
-        for key in keys {
-            self.delete(&key);
-        }
-    }
-
-    fn put(&mut self, key: &str, value: &str, expires: Option<Instant>) -> u64 {
-        self.revision += 1;
-        let entry = Entry { value: value.to_owned(), expires, revision: self.revision };
-        let event = match lease(key, &entry) {
-            Ok(lease) => LeaseEvent::Added(lease),
-            Err(unreadable) => LeaseEvent::Unreadable(unreadable),
-        };
-        self.entries.insert(key.to_owned(), entry);
-        if !self.cut {
-            self.tell(event);
-        }
-        self.revision
-    }
-
-    fn delete(&mut self, key: &str) {
-        if self.entries.remove(key).is_none() {
-            return;
-        }
-        self.revision += 1;
-        if !self.cut
-            && let Ok(subnets) = key.parse()
-        {
-            self.tell(LeaseEvent::Removed(subnets));
-        }
-    }
-
-    fn tell(&mut self, event: LeaseEvent) {
-        self.watchers.retain(|watcher| watcher.send(event.clone()).is_ok());
-    }
-
-    fn list(&self) -> (Vec<Lease>, Vec<Unreadable>) {
-        let (mut leases, mut unreadable) = (Vec::new(), Vec::new());
-        for (key, entry) in &self.entries {
-            match lease(key, entry) {
-                Ok(lease) => leases.push(lease),
-                Err(entry) => unreadable.push(entry),
-            }
-        }
-        (leases, unreadable)
-    }
-
-    fn snapshot(&self) -> LeaseEvent {
-        let (leases, unreadable) = self.list();
-        LeaseEvent::Snapshot(leases, unreadable)
-    }
-
-    fn write(&mut self, subnets: Subnets, attrs: LeaseAttrs, expires: Option<Instant>) -> Lease {
-        let revision = self.put(&subnets.to_string(), &attrs.to_json(), expires);
-        Lease { subnets, attrs, expires: expires.map(Instant::into_std), revision }
-    }
-}
-
-fn lease(key: &str, entry: &Entry) -> Result<Lease, Unreadable> {
-    let (subnets, attrs) = decode(key, key, entry.value.as_bytes())?;
-    Ok(Lease { subnets, attrs, expires: entry.expires.map(Instant::into_std), revision: entry.revision })
-}
-
-#[async_trait]
-impl LeaseStore for MemoryStore {
-    async fn network_config(&self) -> Result<String, StoreError> {
-        self.reach()?
-            .config
-            .clone()
-            .ok_or_else(|| StoreError::NoConfig { place: NAME.into(), example: CONFIG_EXAMPLE.into() })
-    }
-
-    async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        let mut state = self.reach()?;
-        loop {
-            let (leases, unreadable) = state.list();
-            let unreadable: Vec<Subnets> =
-                unreadable.iter().filter_map(|entry| entry.key.parse().ok()).collect();
-            let taken = Taken { leases: &leases, unreadable: &unreadable };
-            let choice = choose(&request.wish(), &taken, &mut crate::chance::rng())
-                .map_err(|error| StoreError::no_subnet(error, NAME))?;
-            let mut attrs = request.attrs.clone();
-            match choice {
-                Choice::Delete(lease) => state.delete(&lease.subnets.to_string()),
-                Choice::Reuse(lease) => {
-                    attrs.keep_unknown_of(&lease.attrs);
-                    let expires = lease.expires.map(|_| Instant::now() + LEASE_TTL);
-                    return Ok(state.write(lease.subnets, attrs, expires));
-                }
-                Choice::Take(subnets) => {
-                    return Ok(state.write(subnets, attrs, Some(Instant::now() + LEASE_TTL)));
-                }
-            }
-        }
-    }
-
-    async fn rewrite(&self, known: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
-        let mut state = self.reach()?;
-        let lost = |reason: String| StoreError::LeaseLost { subnets: known.subnets, reason };
-        let key = known.subnets.to_string();
-        let entry = state.entries.get(&key).ok_or_else(|| lost("it was deleted or has expired".into()))?;
-        let ours = [known.attrs.node(), attrs.node()];
-        let mut attrs = attrs.clone();
-        let endless = match lease(&key, entry) {
-            Ok(present) if !ours.contains(&present.attrs.node()) => {
-                return Err(lost(format!("it belongs to {} now", in_words(present.attrs.node()))));
-            }
-            Ok(present) => {
-                attrs.keep_unknown_of(&present.attrs);
-                present.expires.is_none()
-            }
-            // Nobody's claim: put right what was damaged, as long-lived as it was.
-            Err(_) => known.expires.is_none(),
-        };
-        let expires = (!endless).then(|| Instant::now() + LEASE_TTL);
-        Ok(state.write(known.subnets, attrs, expires))
-    }
-
-    async fn reservations(&self) -> Result<Vec<Reservation>, StoreError> {
-        let (leases, _) = self.reach()?.list();
-        let endless = leases.into_iter().filter(|lease| lease.expires.is_none());
-        Ok(endless
-            .map(|lease| Reservation {
-                subnets: lease.subnets,
-                public_ip: lease.attrs.node().unwrap_or(lease.attrs.public_ip.into()),
-            })
-            .collect())
-    }
-
-    async fn reserve(&self, reservation: &Reservation) -> Result<(), StoreError> {
-        let config = NetworkConfig::parse_ranges(&self.network_config().await?).map_err(|error| {
-            StoreError::Conflict(format!("the network configuration can't be used: {error}"))
-        })?;
-        check_reservation(reservation, &config)?;
-        let mut state = self.reach()?;
-        let subnets = reservation.subnets;
-        let key = subnets.to_string();
-        let attrs = match state.entries.get(&key).map(|entry| lease(&key, entry)) {
-            Some(Ok(lease)) if lease.attrs.node() != Some(reservation.public_ip) => {
-                return Err(StoreError::taken(subnets, &lease.attrs));
-            }
-            Some(Ok(lease)) => lease.attrs,
-            Some(Err(_)) => LeaseAttrs::of_node(reservation.public_ip),
-            None => {
-                let mut others = state.entries.keys().filter_map(|key| key.parse::<Subnets>().ok());
-                if let Some(other) = others.find(|other| other.overlaps(&subnets)) {
-                    return Err(StoreError::Conflict(format!("subnet {subnets} overlaps lease {other}")));
-                }
-                LeaseAttrs::of_node(reservation.public_ip)
-            }
-        };
-        state.write(subnets, attrs, None);
-        Ok(())
-    }
-
-    async fn unreserve(&self, subnets: Subnets) -> Result<(), StoreError> {
-        let mut state = self.reach()?;
-        let key = subnets.to_string();
-        let endless = state.entries.get(&key).filter(|entry| entry.expires.is_none());
-        let value = endless.ok_or_else(|| StoreError::no_reservation(subnets))?.value.clone();
-        state.put(&key, &value, Some(Instant::now() + LEASE_TTL));
-        Ok(())
-    }
-
-    async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError> {
-        let mut state = self.reach()?;
-        let key = subnets.to_string();
-        if !state.entries.contains_key(&key) {
-            return Err(StoreError::no_lease(subnets));
-        }
-        state.delete(&key);
-        Ok(())
-    }
-
-    fn watch(&self) -> BoxStream<'static, LeaseEvent> {
-        let watcher = (self.clone(), self.subscribe());
-        stream::unfold(watcher, |(store, mut events)| async move {
-            let event = store.next(&mut events).await?;
-            Some((event, (store, events)))
-        })
-        .boxed()
     }
 }

@@ -19,7 +19,7 @@ const COMPARE: Duration = Duration::from_secs(20);
 /// A node's way to the store. A clone is a second handle on it.
 #[derive(Clone)]
 pub(crate) struct Link {
-    store: MemoryStore,
+    store: Arc<dyn LeaseStore>,
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
 }
@@ -52,7 +52,7 @@ pub(crate) enum Trouble {
 
 impl Link {
     pub(crate) fn new(store: &MemoryStore) -> Self {
-        Self { store: store.clone(), state: Arc::default(), changed: Arc::default() }
+        Self { store: store.open(), state: Arc::default(), changed: Arc::default() }
     }
 
     pub(crate) fn set(&self, trouble: Trouble) {

@@ -14,19 +14,19 @@
 
 mod file;
 
-use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
-use futures_util::stream::{self, BoxStream, StreamExt};
+use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
 use self::file::{Contents, File, Record};
 use super::LEASE_TTL;
 use super::registry::{
-    Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, RegistryNetworks, WatchEnd, Written,
+    Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, RegistryNetworks, Stored, Table,
+    WatchEnd, Written, follow,
 };
 
 pub use self::file::EmbeddedError;
@@ -34,9 +34,6 @@ use crate::domain::network_name::NetworkName;
 
 /// How long every lease lives at least after a start. Nodes try a renewal that failed again each minute.
 pub const GRACE: Duration = Duration::from_secs(300);
-
-/// Changes that a watch can be behind before it must list again.
-const HISTORY: usize = 8192;
 
 /// A running watch is compared with a list this often, as with every store.
 const RESYNC: Duration = Duration::from_secs(300);
@@ -49,28 +46,11 @@ pub struct Embedded {
 
 struct Store {
     name: String,
-    state: Arc<Mutex<State>>,
+    table: Arc<Mutex<Table>>,
     /// One write at a time, each of which waits for the disk.
     file: Arc<tokio::sync::Mutex<File>>,
     /// The latest revision.
     news: watch::Sender<u64>,
-}
-
-#[derive(Default)]
-struct State {
-    entries: BTreeMap<String, Stored>,
-    revision: u64,
-    /// The latest changes, oldest first.
-    history: VecDeque<Notice>,
-    /// Changes up to here are not in `history`.
-    forgotten: u64,
-}
-
-#[derive(Clone)]
-struct Stored {
-    value: Vec<u8>,
-    revision: u64,
-    expires: Option<Instant>,
 }
 
 impl Embedded {
@@ -86,11 +66,11 @@ impl Embedded {
             let expires = expires.map(|end| now + left(end, wall));
             (key, Stored { value, revision, expires })
         });
-        let state = State { entries: entries.collect(), revision, forgotten: revision, ..State::default() };
+        let table = Table::new(entries.collect(), revision);
         let (news, _) = watch::channel(revision);
         let store = Arc::new(Store {
             name: format!("the store in {}", path.display()),
-            state: Arc::new(Mutex::new(state)),
+            table: Arc::new(Mutex::new(table)),
             file: Arc::new(tokio::sync::Mutex::new(file)),
             news,
         });
@@ -141,9 +121,9 @@ impl Embedded {
     /// Every entry with what it has left to live, for moving elsewhere.
     pub fn entries(&self) -> Vec<(String, Vec<u8>, Option<Duration>)> {
         let now = Instant::now();
-        let state = self.store.lock();
+        let table = self.store.lock();
         let left = |entry: &Stored| entry.expires.map(|end| end.saturating_duration_since(now));
-        state.entries.iter().map(|(key, entry)| (key.clone(), entry.value.clone(), left(entry))).collect()
+        table.all().map(|(key, entry)| (key.clone(), entry.value.clone(), left(entry))).collect()
     }
 }
 
@@ -157,8 +137,8 @@ type Wanted = Option<(Vec<u8>, Option<Duration>)>;
 
 impl Store {
     /// Every change is made whole: a panic elsewhere leaves the state usable.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes one entry, first on disk, then in memory. `decide` sees what is there and says what shall be; `None` from
@@ -170,9 +150,9 @@ impl Store {
     ) -> Result<Option<Written>, EmbeddedError> {
         let file = self.file.clone().lock_owned().await;
         let (wanted, revision) = {
-            let state = self.lock();
-            match decide(state.entries.get(key)) {
-                Some(wanted) => (wanted, state.revision + 1),
+            let table = self.lock();
+            match decide(table.stored(key)) {
+                Some(wanted) => (wanted, table.revision() + 1),
                 None => return Ok(None),
             }
         };
@@ -185,14 +165,14 @@ impl Store {
             revision,
             expires: *wall,
         });
-        let (key, state, news) = (key.to_owned(), self.state.clone(), self.news.clone());
-        let lifetime = stored.as_ref().map_or(Lifetime::Forever, |(stored, _)| lifetime(stored));
+        let (key, table, news) = (key.to_owned(), self.table.clone(), self.news.clone());
+        let lifetime = stored.as_ref().map_or(Lifetime::Forever, |(stored, _)| stored.lifetime());
         // A caller that goes away must not leave the disk ahead of the memory.
         let task = tokio::task::spawn_blocking(move || {
             file.put(&key, record.as_ref(), revision)?;
-            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.apply(key, stored.map(|(stored, _)| stored), revision);
-            drop(state);
+            let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+            table.apply(key, stored.map(|(stored, _)| stored), revision);
+            drop(table);
             news.send_replace(revision);
             drop(file);
             Ok::<_, EmbeddedError>(())
@@ -203,13 +183,11 @@ impl Store {
 
     /// The next moment at which a lease ends.
     fn next_end(&self) -> Option<Instant> {
-        self.lock().entries.values().filter_map(|entry| entry.expires).min()
+        self.lock().next_end()
     }
 
     fn ended(&self) -> Vec<String> {
-        let (now, state) = (Instant::now(), self.lock());
-        let due = |entry: &Stored| entry.expires.is_some_and(|end| end <= now);
-        state.entries.iter().filter(|(_, entry)| due(entry)).map(|(key, _)| key.clone()).collect()
+        self.lock().ended(Instant::now())
     }
 }
 
@@ -237,63 +215,6 @@ async fn end_leases(store: std::sync::Weak<Store>) {
     }
 }
 
-impl State {
-    fn apply(&mut self, key: String, stored: Option<Stored>, revision: u64) {
-        self.revision = revision;
-        let notice = match stored {
-            Some(stored) => {
-                let notice = Notice::Put(entry(&key, &stored));
-                self.entries.insert(key, stored);
-                notice
-            }
-            None => {
-                self.entries.remove(&key);
-                Notice::Deleted { key, revision }
-            }
-        };
-        self.history.push_back(notice);
-        if self.history.len() > HISTORY
-            && let Some(oldest) = self.history.pop_front()
-        {
-            self.forgotten = revision_of(&oldest);
-        }
-    }
-
-    /// Changes below `folder` after `revision`; `None` when some of them are forgotten.
-    fn after(&self, folder: &str, revision: u64) -> Option<Vec<Notice>> {
-        if revision < self.forgotten {
-            return None;
-        }
-        let below = |notice: &&Notice| match notice {
-            Notice::Put(Entry { key, .. }) | Notice::Deleted { key, .. } => key.starts_with(folder),
-        };
-        let new = self.history.iter().rev().take_while(|notice| revision_of(notice) > revision).filter(below);
-        let mut new: Vec<_> = new.cloned().collect();
-        new.reverse();
-        Some(new)
-    }
-}
-
-fn revision_of(notice: &Notice) -> u64 {
-    match notice {
-        Notice::Put(entry) => entry.revision,
-        Notice::Deleted { revision, .. } => *revision,
-    }
-}
-
-fn lifetime(stored: &Stored) -> Lifetime {
-    stored.expires.map_or(Lifetime::Forever, Lifetime::Until)
-}
-
-fn entry(key: &str, stored: &Stored) -> Entry {
-    Entry {
-        key: key.to_owned(),
-        value: stored.value.clone(),
-        revision: stored.revision,
-        lifetime: lifetime(stored),
-    }
-}
-
 fn failed(error: EmbeddedError) -> RegistryError {
     RegistryError::Unreachable(error.to_string())
 }
@@ -305,14 +226,11 @@ impl Registry for Store {
     }
 
     async fn get(&self, key: &str) -> Result<Option<Entry>, RegistryError> {
-        Ok(self.lock().entries.get(key).map(|stored| entry(key, stored)))
+        Ok(self.lock().get(key))
     }
 
     async fn list(&self, folder: &str) -> Result<Listing, RegistryError> {
-        let state = self.lock();
-        let below = state.entries.range(folder.to_owned()..).take_while(|(key, _)| key.starts_with(folder));
-        let entries = below.map(|(key, stored)| entry(key, stored)).collect();
-        Ok(Listing { entries, revision: state.revision })
+        Ok(self.lock().list(folder))
     }
 
     async fn create(
@@ -348,33 +266,7 @@ impl Registry for Store {
         folder: &str,
         revision: u64,
     ) -> Result<BoxStream<'static, Result<Vec<Notice>, WatchEnd>>, RegistryError> {
-        let (state, news, folder) = (self.state.clone(), self.news.subscribe(), folder.to_owned());
-        let start = Some((state, news, revision));
-        let notices = stream::unfold(start, move |at| {
-            let folder = folder.clone();
-            async move {
-                let (state, mut news, mut seen) = at?;
-                loop {
-                    let head = *news.borrow_and_update();
-                    let new = {
-                        let state = state.lock().unwrap_or_else(PoisonError::into_inner);
-                        state.after(&folder, seen)
-                    };
-                    match new {
-                        None => return Some((Err(WatchEnd::Compacted), None)),
-                        Some(new) if new.is_empty() => seen = head.max(seen),
-                        Some(new) => {
-                            let last = new.last().map_or(head, revision_of);
-                            return Some((Ok(new), Some((state, news, last))));
-                        }
-                    }
-                    if news.changed().await.is_err() {
-                        return None;
-                    }
-                }
-            }
-        });
-        Ok(notices.boxed())
+        Ok(follow(self.table.clone(), self.news.subscribe(), folder, revision))
     }
 }
 

@@ -8,7 +8,7 @@ use futures_util::stream::BoxStream;
 use rand::Rng;
 
 use super::watch::Watcher;
-use super::{Deleted, Entry, Lifetime, Listing, Registry, RegistryError, Written, join};
+use super::{Deleted, Entry, Lifetime, Listing, Registry, RegistryError, Written, join, now};
 use crate::domain::allocator::{Choice, Taken, choose};
 use crate::domain::config::NetworkConfig;
 use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets};
@@ -101,7 +101,7 @@ impl RegistryStore {
             let taken = Taken { leases: &leases, unreadable: &unreadable };
             let choice = choose(&request.wish(), &taken, &mut crate::chance::rng())
                 .map_err(|error| StoreError::no_subnet(error, self.registry.name()))?;
-            let asked = Instant::now();
+            let asked = now();
             let (subnets, written) = match choice {
                 Choice::Take(subnets) => {
                     let key = self.key(subnets);
@@ -165,7 +165,7 @@ impl RegistryStore {
             // Nobody's claim: put right what was damaged, as long-lived as it was.
             Err(_) => known.expires.map(|_| LEASE_TTL),
         };
-        let asked = Instant::now();
+        let asked = now();
         let written = self.registry.update(&entry, attrs.to_json(), ttl).await;
         let written = written.map_err(|error| self.failed(error))?;
         Ok(written.map(|written| self.hold(known.subnets, attrs, written, asked)))

@@ -9,6 +9,7 @@
 mod leases;
 mod mirror;
 mod networks;
+mod table;
 mod transfer;
 mod watch;
 
@@ -21,6 +22,7 @@ pub(super) use self::leases::RegistryStore;
 pub use self::mirror::{Fate, FollowEnd, Mirror, Planned};
 pub use self::networks::RegistryNetworks;
 pub(super) use self::networks::holds_a_network;
+pub(super) use self::table::{Stored, Table, follow};
 pub use self::transfer::{Content, Received};
 
 /// The calls every such store offers. Keys are whole keys.
@@ -57,7 +59,7 @@ pub(super) trait Registry: Send + Sync {
     async fn remaining(&self, lifetime: Lifetime) -> Result<Option<Duration>, RegistryError> {
         Ok(match lifetime {
             Lifetime::Forever => None,
-            Lifetime::Until(end) => Some(end.saturating_duration_since(Instant::now())),
+            Lifetime::Until(end) => Some(end.saturating_duration_since(now())),
             // Only the store that made it can say; the one that does has a method of its own.
             Lifetime::Lease(_) => Some(Duration::ZERO),
         })
@@ -129,6 +131,11 @@ pub(super) enum RegistryError {
     Unreachable(String),
     /// Every server that answered refused for a reason that stays.
     Refused(String),
+}
+
+/// The clock of leases: monotonic, and one with the timers that are waited on.
+pub(super) fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 /// `<prefix>/<last>`, as Go's `path.Join` does with a clean prefix.

@@ -20,7 +20,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::time::{Instant, sleep_until};
 
 use super::leases::{Held, HeldEntry, Listed};
-use super::{Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd};
+use super::{Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd, now};
 use crate::domain::lease::{Lease, LeaseEvent, Unreadable};
 use crate::stores::back_off::{BackOff, jittered};
 use crate::stores::{LEASE_TTL, decode};
@@ -160,7 +160,7 @@ impl Watcher {
 
     fn just_listed(&self) -> Option<Listing> {
         let (at, listing) = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        (at.elapsed() < FRESH).then_some(listing)
+        (now().saturating_duration_since(at) < FRESH).then_some(listing)
     }
 
     async fn compare(&mut self) {
@@ -258,7 +258,7 @@ impl Watcher {
             Lifetime::Until(end) => return Some(end),
             Lifetime::Lease(_) => {}
         }
-        let now = std::time::Instant::now();
+        let now = now();
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match held {
             Some(Held { key, lifetime, expires }) if key == entry.key => {

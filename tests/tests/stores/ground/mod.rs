@@ -240,7 +240,7 @@ impl Ground {
 
     fn direct(&self) -> Arc<dyn LeaseStore> {
         match &self.backing {
-            Backing::Memory(store) => Arc::new(store.clone()),
+            Backing::Memory(store) => store.open(),
             Backing::Etcd { options, .. } => etcd::open(options).expect("the options are good").network(None),
             Backing::Embedded { store, .. } => store.networks().network(None),
             Backing::Kubernetes(nodes) => Arc::new(nodes.agent()),

@@ -27,36 +27,38 @@ use crate::ground::{first, next, next_within, subnets};
 #[derive(Clone)]
 struct Counted {
     store: MemoryStore,
+    leases: Arc<dyn LeaseStore>,
     watches: Arc<AtomicU32>,
 }
 
 impl Counted {
     fn new() -> Self {
-        Self { store: MemoryStore::new(CONFIG), watches: Arc::default() }
+        let store = MemoryStore::new(CONFIG);
+        Self { leases: store.open(), store, watches: Arc::default() }
     }
 }
 
 #[async_trait]
 impl LeaseStore for Counted {
     async fn network_config(&self) -> Result<String, StoreError> {
-        self.store.network_config().await
+        self.leases.network_config().await
     }
 
     async fn acquire(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        self.store.acquire(request).await
+        self.leases.acquire(request).await
     }
 
     async fn rewrite(&self, lease: &Lease, attrs: &LeaseAttrs) -> Result<Lease, StoreError> {
-        self.store.rewrite(lease, attrs).await
+        self.leases.rewrite(lease, attrs).await
     }
 
     async fn revoke(&self, subnets: Subnets) -> Result<(), StoreError> {
-        self.store.revoke(subnets).await
+        self.leases.revoke(subnets).await
     }
 
     fn watch(&self) -> BoxStream<'static, LeaseEvent> {
         self.watches.fetch_add(1, Ordering::SeqCst);
-        self.store.watch()
+        self.leases.watch()
     }
 }
 
