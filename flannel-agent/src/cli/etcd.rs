@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::settings::{ClientCertificate, Resolver, Secret, SettingsError};
+use crate::domain::etcd::{Endpoint, EtcdApi};
 use crate::domain::wording::quoted;
 
 #[derive(Args)]
@@ -40,7 +41,7 @@ pub(super) struct EtcdFlags {
 /// How to reach etcd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EtcdSettings {
-    /// As given: with or without scheme, at least one.
+    /// As given: with or without scheme, at least one. Each is an [`Endpoint`].
     pub endpoints: Vec<String>,
     /// As given: the store cleans it.
     pub prefix: String,
@@ -48,16 +49,6 @@ pub struct EtcdSettings {
     pub identity: Option<ClientCertificate>,
     pub login: Option<Login>,
     pub api: EtcdApi,
-}
-
-/// Which of etcd's two keyspaces the leases are in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum EtcdApi {
-    /// v3, unless only v2 holds a network configuration.
-    #[default]
-    Auto,
-    V2,
-    V3,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,8 +68,13 @@ impl Resolver<'_> {
         // Split verbatim, as flanneld does: a space would become part of the endpoint.
         let endpoints: Vec<String> = flags.etcd_endpoints.split(',').map(str::to_owned).collect();
         for endpoint in &endpoints {
-            check_endpoint(endpoint)
-                .map_err(|expected| self.invalid("etcd-endpoints", &flags.etcd_endpoints, &expected))?;
+            if let Err(reason) = Endpoint::parse(endpoint) {
+                let expected = format!(
+                    "{} {reason}; endpoints are such as https://10.0.0.1:2379, separated by commas only",
+                    quoted(endpoint)
+                );
+                return Err(self.invalid("etcd-endpoints", &flags.etcd_endpoints, &expected));
+            }
         }
         let path = |file: Option<String>| file.filter(|file| !file.is_empty()).map(PathBuf::from);
         let (cert, key) = (path(flags.etcd_certfile), path(flags.etcd_keyfile));
@@ -108,40 +104,5 @@ impl Resolver<'_> {
             login,
             api,
         })
-    }
-}
-
-/// An endpoint is `host:port` or a URL of one; a path after it is of no use but does no harm.
-fn check_endpoint(endpoint: &str) -> Result<(), String> {
-    let wrong = |reason: &str| {
-        let endpoint = quoted(endpoint);
-        Err(format!(
-            "{endpoint} {reason}; endpoints are such as https://10.0.0.1:2379, separated by commas only"
-        ))
-    };
-    if endpoint.is_empty() {
-        return wrong("is empty");
-    }
-    if endpoint.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
-        return wrong("contains a space");
-    }
-    let authority = match endpoint.split_once("://") {
-        Some(("http" | "https", rest)) => rest,
-        Some(_) => return wrong("is neither http nor https"),
-        None => endpoint,
-    };
-    let authority = authority.split('/').next().unwrap_or_default();
-    // An IPv6 address is in brackets; its colons are not the port's.
-    let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-        _ => (authority, None),
-    };
-    if host.is_empty() {
-        return wrong("names no host");
-    }
-    if port.is_some_and(|port| port.parse::<u16>().is_ok_and(|port| port != 0)) || port.is_none() {
-        Ok(())
-    } else {
-        wrong("has no port from 1 to 65535")
     }
 }

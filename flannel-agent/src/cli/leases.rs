@@ -5,9 +5,10 @@
 
 use std::path::PathBuf;
 
-use super::etcd::{EtcdApi, EtcdSettings};
+use super::etcd::EtcdSettings;
 use super::settings::StoreSettings;
 use super::{Environment, Parsed, Stream, daemon};
+use crate::domain::etcd::EtcdApi;
 use crate::domain::lease::{Reservation, Subnets};
 use crate::domain::network_name::NetworkName;
 use crate::domain::wording::quoted;

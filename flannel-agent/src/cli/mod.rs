@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use clap::{Args, FromArgMatches};
 
-pub use self::etcd::{EtcdApi, EtcdSettings, Login};
+pub use self::etcd::{EtcdSettings, Login};
 use self::flags::{BPFFS_PATH, Flags, STATUS_SOCKET};
 use self::go::{Given, Stop};
 pub use self::kube::KubeSettings;

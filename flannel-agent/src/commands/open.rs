@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cli::{self, ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
+use crate::cli::{ClientCertificate, EtcdSettings, KubeSettings, RemoteSettings, StoreSettings};
 use crate::stores::embedded::{Embedded, EmbeddedError};
 use crate::stores::etcd::{self, EtcdApi, EtcdOptions, EtcdOptionsError};
 use crate::stores::kube::{KubeOptions, KubeOptionsError, KubeStore, NodeIdentity};
@@ -86,11 +86,7 @@ fn etcd_options(settings: &EtcdSettings) -> EtcdOptions {
         ca_file: settings.ca_file.clone(),
         username: settings.login.as_ref().map(|login| login.username.clone()),
         password: settings.login.as_ref().map(|login| login.password.expose().to_owned()),
-        api: match settings.api {
-            cli::EtcdApi::Auto => EtcdApi::Auto,
-            cli::EtcdApi::V2 => EtcdApi::V2,
-            cli::EtcdApi::V3 => EtcdApi::V3,
-        },
+        api: settings.api,
         ..EtcdOptions::default()
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod allocator;
 pub mod config;
+pub mod etcd;
 pub mod host_state;
 pub mod interface;
 pub mod lease;

@@ -4,6 +4,7 @@ mod values;
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::etcd::EtcdApi;
 use crate::domain::host_state::{Datapath, SourceCheck, SourcePort, TunnelOptions};
 use crate::domain::interface::{PublicAddresses, Selector};
 

@@ -1,6 +1,7 @@
 //! What each value may be, and what is refused by name.
 
 use super::*;
+use crate::domain::etcd::EtcdApi;
 
 #[test]
 fn the_renew_margin_is_checked_as_flanneld_checks_it() {
@@ -149,26 +150,24 @@ fn a_value_that_can_not_be_meant_says_what_would_be_right() {
 
 #[test]
 fn endpoints_are_checked_one_by_one() {
-    for endpoints in [
-        "http://a",
-        "https://10.0.0.1:2379/",
-        "a:2379",
-        "http://[fd00::1]:2379,http://[fd00::2]",
-        "http://a:1/x",
-    ] {
+    for endpoints in
+        ["http://a:80", "https://10.0.0.1:2379/", "a:2379", "http://[fd00::1]:2379,http://[fd00::2]:4001"]
+    {
         let found = etcd(&format!("flanneld -etcd-endpoints={endpoints}")).endpoints;
         assert_eq!(found.join(","), endpoints);
     }
     for (endpoints, wanted) in [
         ("", "\"\" is empty"),
-        ("http://a,", "\"\" is empty"),
-        ("http://a, http://b", "\" http://b\" contains a space"),
+        ("http://a:1,", "\"\" is empty"),
+        ("http://a:1, http://b", "\" http://b\" contains a space"),
         ("ftp://a", "\"ftp://a\" is neither http nor https"),
         ("http://", "\"http://\" names no host"),
         (":2379", "\":2379\" names no host"),
         ("http://a:x", "\"http://a:x\" has no port from 1 to 65535"),
         ("http://a:70000", "\"http://a:70000\" has no port from 1 to 65535"),
         ("http://a:0", "\"http://a:0\" has no port from 1 to 65535"),
+        ("http://a", "\"http://a\" has no port from 1 to 65535"),
+        ("http://a:1/x", "\"http://a:1/x\" has a path, which etcd's API does not take"),
     ] {
         let args = ["flanneld".into(), format!("-etcd-endpoints={endpoints}").into()];
         let Parsed::PrintAndExit { text, code: 2, .. } = parse(args, []) else { panic!("{endpoints}") };

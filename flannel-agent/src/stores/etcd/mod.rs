@@ -9,9 +9,10 @@ mod v3;
 
 use std::sync::Arc;
 
-pub use self::options::{EtcdApi, EtcdOptions, EtcdOptionsError};
+pub use self::options::{EtcdOptions, EtcdOptionsError};
 pub use super::registry::{Fate, FollowEnd, Mirror, Planned};
 use super::registry::{Registry, RegistryNetworks};
+pub use crate::domain::etcd::EtcdApi;
 
 /// The networks below `--etcd-prefix`.
 ///

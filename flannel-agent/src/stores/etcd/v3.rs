@@ -21,7 +21,7 @@ use tokio::sync::OnceCell;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::options::{Checked, Endpoint};
+use super::options::{Checked, Target};
 use crate::stores::registry::{
     Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, WatchEnd, Written,
 };
@@ -59,7 +59,7 @@ struct Servers {
 }
 
 struct Server {
-    endpoint: Endpoint,
+    endpoint: Target,
     client: Mutex<Arc<OnceCell<Client>>>,
 }
 

@@ -426,7 +426,7 @@ pub(crate) async fn nothing_that_cannot_work_is_accepted(api: EtcdApi) -> Result
     for (options, wanted) in [
         (options(api, &[]), "--etcd-endpoints names no endpoint"),
         (options(api, &["ftp://10.0.0.1:21".into()]), "\"ftp://10.0.0.1:21\" is neither"),
-        (options(api, &["http://10.0.0.1".into()]), "has no :port"),
+        (options(api, &["http://10.0.0.1".into()]), "has no port from 1 to 65535"),
     ] {
         let error = etcd::open(&options).err().context("an error")?.to_string();
         ensure!(error.contains(wanted), "{error}");
