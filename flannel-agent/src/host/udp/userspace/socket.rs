@@ -362,7 +362,7 @@ fn message(address: &mut libc::sockaddr_in, pieces: &[IoSlice<'_>]) -> libc::msg
     message
 }
 
-/// Tries again for a tenth of a second: a child that this process is just starting holds a copy of the tunnel's former
+/// Tries again for half a second: a child that this process is just starting holds a copy of the tunnel's former
 /// socket until it calls `exec`.
 fn bind(fd: &OwnedFd, local: Ipv4Addr, port: u16) -> io::Result<()> {
     let address = sockaddr(local, port);
@@ -372,7 +372,7 @@ fn bind(fd: &OwnedFd, local: Ipv4Addr, port: u16) -> io::Result<()> {
         // SAFETY: `address` is a sockaddr_in and `length` its size.
         let bound = check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) });
         match bound {
-            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) && attempts < 10 => {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) && attempts < 50 => {
                 attempts += 1;
                 thread::sleep(Duration::from_millis(10));
             }
