@@ -126,6 +126,18 @@ pub(crate) fn foreign_xdp() -> Result<()> {
     rig.talks()
 }
 
+/// Where packets come in, asked for inside a node.
+fn ingress() -> Result<Hook<'static>> {
+    Ok(Hook {
+        device: UNDERLAY,
+        ifindex: nix::net::if_::if_nametoindex(UNDERLAY)?,
+        side: Side::Ingress,
+        order: Order::First,
+        pin: LinkPin::Ingress,
+        handle: programs::ALONE,
+    })
+}
+
 pub(crate) fn clsact() -> Result<()> {
     let rig = Rig::new()?;
     rig.b.command("tc", &format!("qdisc add dev {UNDERLAY} clsact"))?;
@@ -137,15 +149,7 @@ pub(crate) fn clsact() -> Result<()> {
     let bpffs = rig.b.bpffs.clone();
     rig.b.run(move |_| -> Result<()> {
         pins.prepare(&bpffs)?;
-        let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
-        let hook = Hook {
-            device: UNDERLAY,
-            ifindex,
-            side: Side::Ingress,
-            order: Order::First,
-            pin: LinkPin::Ingress,
-            handle: programs::ALONE,
-        };
+        let hook = ingress()?;
         let kind = programs::TcKind::Clsact;
         for generation in 1..=2_u32 {
             let settings = Settings { local: generation, ..Settings::default() };
@@ -167,15 +171,7 @@ pub(crate) fn clsact() -> Result<()> {
     );
     ensure!(filters.contains("pref 60 u32"), "{filters}");
     rig.b.run(|_| -> Result<()> {
-        let ifindex = nix::net::if_::if_nametoindex(UNDERLAY)?;
-        let hook = Hook {
-            device: UNDERLAY,
-            ifindex,
-            side: Side::Ingress,
-            order: Order::First,
-            pin: LinkPin::Ingress,
-            handle: programs::ALONE,
-        };
+        let hook = ingress()?;
         programs::detach_clsact(programs::INGRESS, &hook)?;
         programs::detach_clsact(programs::INGRESS, &hook)?;
         Ok(())
