@@ -26,3 +26,8 @@
 {{- $_ := set $config "Backend" $backend -}}
 {{- toPrettyJson $config -}}
 {{- end -}}
+
+{{/* How often and how long a probe asks, as it was given. */}}
+{{- define "flannel.probeTimes" -}}
+{{- if kindIs "map" . -}}{{- toYaml . -}}{{- else -}}periodSeconds: 10{{- end -}}
+{{- end -}}
