@@ -2,7 +2,8 @@
 //!
 //! It is kept by a file descriptor, so it needs no name and no cleaning up: when the last descriptor and the last
 //! process in it are gone, the kernel removes it with its devices, routes and rules, however the test ended. Only the
-//! demo gives it a name in `/run/netns` too, for people who want to look around with `ip netns exec`.
+//! demo gives it a name in `/run/netns` too, for people who want to look around with `ip netns exec`; there agents leave
+//! the mounts of their rooms (`flannel-agent/src/host/udp/gro_pair/room.rs`), which would outlive everybody.
 //!
 //! Threads enter a namespace, processes are started in it; the thread that calls us never changes its own.
 
@@ -10,7 +11,8 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     os::fd::{AsRawFd as _, OwnedFd, RawFd},
-    path::PathBuf,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
     thread,
@@ -24,6 +26,8 @@ use nix::{
 
 /// Where iproute2 looks for names.
 const NAMES: &str = "/run/netns";
+/// Where agents mount their rooms: `DEVICE.NUMBER_OF_THE_HOST'S_NAMESPACE.room`.
+const ROOMS: &str = "/run/flannel";
 
 /// Packets that left by a device.
 #[derive(Clone, Copy, Debug)]
@@ -84,12 +88,12 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Removes names in `/run/netns` that begin with `prefix`: what a killed run left behind.
+    /// Removes names in `/run/netns` that begin with `prefix`, and the rooms of agents there: what a killed run left
+    /// behind.
     pub fn forget_listed(prefix: &str) {
         for entry in fs::read_dir(NAMES).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(prefix) {
-                let _ = umount2(&entry.path(), MntFlags::MNT_DETACH);
-                let _ = fs::remove_file(entry.path());
+                forget(&entry.path());
             }
         }
     }
@@ -283,21 +287,47 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         if let Some(path) = &self.listed {
-            let _ = umount2(path, MntFlags::MNT_DETACH);
-            let _ = fs::remove_file(path);
+            forget(path);
         }
     }
 }
 
-/// Mounts made from now on are this process's own: they show nowhere else, and vanish with it. Call it before any thread
-/// exists: `unshare` moves the calling thread only.
+/// Takes a name out of `/run/netns`, and the rooms of the agents that ran there.
+fn forget(name: &Path) {
+    if let Ok(namespace) = fs::metadata(name) {
+        let ending = format!(".{}.room", namespace.ino());
+        for entry in fs::read_dir(ROOMS).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(&ending) {
+                unmount(&entry.path());
+            }
+        }
+    }
+    unmount(name);
+}
+
+fn unmount(path: &Path) {
+    let _ = umount2(path, MntFlags::MNT_DETACH);
+    let _ = fs::remove_file(path);
+}
+
+/// Mounts made from now on are this process's own, and so are the rooms of its agents: they show nowhere else, and vanish
+/// with it. Call it before any thread exists: `unshare` moves the calling thread only.
 ///
 /// # Errors
 /// Not permitted (CAP_SYS_ADMIN).
 pub fn private_mounts() -> Result<()> {
     let none = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS).context("unshare the mount namespace")?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make the mounts private")
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make the mounts private")?;
+    fs::create_dir_all(ROOMS).with_context(|| format!("create {ROOMS}"))?;
+    mount(Some("tmpfs"), ROOMS, Some("tmpfs"), MsFlags::empty(), none)
+        .with_context(|| format!("mount a tmpfs on {ROOMS}"))
+}
+
+/// How whoever started this process sees a path: behind [`private_mounts`].
+pub fn outside(path: impl AsRef<Path>) -> PathBuf {
+    let root = PathBuf::from(format!("/proc/{}/root", std::os::unix::process::parent_id()));
+    root.join(path.as_ref().strip_prefix("/").unwrap_or(path.as_ref()))
 }
 
 fn prepare_child(namespace: RawFd) -> std::io::Result<()> {

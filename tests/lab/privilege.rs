@@ -17,9 +17,10 @@ use flannel_agent::host::udp::object;
 use libtest_mimic::{Arguments, Completion, Trial};
 use nix::{
     mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
     unistd::geteuid,
 };
+
+use crate::namespace::private_mounts;
 
 /// Set to `1`: what is missing is a failure, not a reason to ignore.
 pub const REQUIRE_ROOT: &str = "FLANNEL_REQUIRE_ROOT";
@@ -116,10 +117,7 @@ fn ignored(trial: &Trial, reason: &str) -> Trial {
 /// # Errors
 /// The step that failed and the kernel's answer.
 pub fn private_bpffs(at: &Path) -> Result<(), String> {
-    let none = None::<&str>;
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("unshare the mount namespace: {e}"))?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .map_err(|e| format!("make the mounts private: {e}"))?;
-    mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), none)
+    private_mounts().map_err(|e| format!("{e:#}"))?;
+    mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), None::<&str>)
         .map_err(|e| format!("mount bpffs on {}: {e}", at.display()))
 }

@@ -1,9 +1,17 @@
 //! The lab itself, without an agent: a probe that can't fail would prove nothing.
 
-use std::{net::SocketAddrV4, process::ExitCode, time::Duration};
+use std::{
+    fs::{self, File},
+    net::SocketAddrV4,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use flannel_tests::{
+    namespace::{Namespace, outside},
     privilege,
     probe::{
         capture::{Capture, ipv4, udp_payload},
@@ -16,6 +24,8 @@ use flannel_tests::{
     scenario::{run_when, scenario},
     topology::{Lab, Underlay},
 };
+use libtest_mimic::{Failed, Trial};
+use nix::mount::{MsFlags, mount};
 
 fn main() -> ExitCode {
     let trials = vec![
@@ -49,6 +59,9 @@ fn main() -> ExitCode {
         ),
         scenario("probes_see_what_passes_and_what_does_not", Lab::new("lab-probes"), probes),
         scenario("etcd_keeps_its_data_over_a_restart", Lab::new("lab-etcd").hosts(1), datastore),
+        Trial::test("a_name_goes_with_its_namespace_and_the_room_of_its_agent_too", || {
+            names().map_err(|e| Failed::from(format!("{e:#}")))
+        }),
     ];
     run_when(privilege::require_root, trials)
 }
@@ -133,5 +146,41 @@ fn datastore(lab: &mut Lab) -> Result<()> {
     ensure!(store.get("config").is_err(), "a frozen etcd answered");
     store.thaw()?;
     ensure!(store.get("config")?.is_some());
+    Ok(())
+}
+
+/// As an agent leaves a room that is killed: mounted, below a folder that everybody has.
+fn names() -> Result<()> {
+    let names = ["a", "b"].map(|name| format!("lab-names-{}-{name}", std::process::id()));
+    for killed in [false, true] {
+        let hosts =
+            names.each_ref().map(|name| Namespace::listed(name)).into_iter().collect::<Result<Vec<_>>>()?;
+        let mut rooms = Vec::new();
+        for host in &hosts {
+            let number = fs::metadata(host.path())?.ino();
+            let room = format!("/run/flannel/lab{}.{number}.room", std::process::id());
+            File::create_new(&room)?;
+            mount(Some(host.path().as_str()), room.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+            ensure!(!outside(&room).try_exists()?, "{room} is seen outside");
+            rooms.push(room);
+        }
+        let is_left = |index: usize| {
+            let name = Path::new("/run/netns").join(&names[index]);
+            let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+            [name.exists(), Path::new(&rooms[index]).exists(), mounts.contains(&rooms[index])]
+        };
+        let mut hosts = hosts.into_iter();
+        if killed {
+            // Nobody drops what a killed process had: the next run finds the names.
+            hosts.by_ref().for_each(std::mem::forget);
+            Namespace::forget_listed(&names[0]);
+        } else {
+            drop(hosts.next());
+        }
+        ensure!(is_left(0) == [false; 3] && is_left(1) == [true; 3], "{:?} {:?}", is_left(0), is_left(1));
+        drop(hosts);
+        Namespace::forget_listed(&names[1]);
+        ensure!(is_left(1) == [false; 3], "{:?}", is_left(1));
+    }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Nothing of the demo stays behind.
 //!
 //! Agents and etcd are killed by the kernel when this process ends, however it ends. What the kernel does not know to be
-//! ours (names in `/run/netns`, bpffs mounts, the folder of logs) carries our prefix and is swept by name.
+//! ours (names in `/run/netns`, bpffs mounts, the folder of logs) carries our prefix and is swept by name; agents' rooms in
+//! `/run/flannel` go with the names.
 
 use std::{
     env,
@@ -46,7 +47,6 @@ pub(super) fn alone() -> Result<Flock<File>> {
 
 /// Removes what carries our prefix.
 pub(super) fn sweep() {
-    Namespace::forget_listed(&format!("{NAME}-"));
     for entry in fs::read_dir(env::temp_dir()).into_iter().flatten().flatten() {
         let ours = entry.file_name().to_string_lossy().starts_with(&format!("{NAME}-"))
             && entry.metadata().is_ok_and(|meta| meta.is_dir() && meta.uid() == geteuid().as_raw());
@@ -58,6 +58,8 @@ pub(super) fn sweep() {
         }
         let _ = fs::remove_dir_all(entry.path());
     }
+    // Last: on an interrupt the agents still run, and would put their rooms back in a while.
+    Namespace::forget_listed(&format!("{NAME}-"));
 }
 
 /// The demo is over: [`sweep`], and the lock's file goes too.
