@@ -1,6 +1,10 @@
 //! What is compared: each variant is two hosts and their pods in a lab of its own, ready to carry traffic.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
@@ -12,7 +16,7 @@ use flannel_tests::{
     },
     proxy::Proxies,
     reference,
-    topology::{Lab, Underlay},
+    topology::{Host, Lab, Underlay},
 };
 
 use super::{NAME, traffic::Mode};
@@ -22,6 +26,13 @@ pub(super) const HOST_GW: &str = "host-gw";
 pub(super) const VXLAN: &str = "vxlan";
 /// Stands for the original.
 pub(super) const PROXY: &str = "proxy";
+
+/// Nothing better can come.
+const BEST: &str = "tc+bridge";
+/// A path that has been the same for so long stays.
+const AT_REST: Duration = Duration::from_secs(2);
+/// An agent that has not come to rest by then never will.
+const REST_LIMIT: Duration = Duration::from_secs(30);
 
 /// How packets come from one pod to the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,7 +144,32 @@ fn start_agents(lab: &mut Lab, tier: &str, agent: &Path) -> Result<String> {
         );
         let_process_forward_in_real_time(host.agent()?.pid())?;
     }
+    if tier == "auto" {
+        rest(lab.host(1))?;
+        return rest(lab.host(0));
+    }
     Ok(lab.host(0).status()?.path().to_owned())
+}
+
+/// What carries the host's packets when nothing changes any more: `auto` passes the pods' bridge by a moment after it has
+/// an address.
+fn rest(host: &Host) -> Result<String> {
+    let path = || -> Result<String> { Ok(host.status()?.path().to_owned()) };
+    let started = Instant::now();
+    let (mut last, mut since) = (path()?, started);
+    while last != BEST && since.elapsed() < AT_REST {
+        sleep(Duration::from_millis(50));
+        let now = path()?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        ensure!(
+            started.elapsed() < REST_LIMIT,
+            "the agent on {} does not come to rest, now it says {last}",
+            host.name()
+        );
+    }
+    Ok(last)
 }
 
 /// A variant that carries traffic until it is dropped.
