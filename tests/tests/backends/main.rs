@@ -10,6 +10,7 @@ mod networks;
 mod offloads;
 mod others;
 mod paths;
+mod policies;
 mod services;
 mod shortcut;
 mod tiers;
@@ -24,6 +25,7 @@ const TIERS: [&str; 3] = ["xdp", "tc", "tun"];
 fn main() -> ExitCode {
     let mut trials = tiers::trials();
     trials.extend(paths::trials());
+    trials.extend(policies::trials());
     trials.extend(looks::trials());
     trials.extend(narrow::trials());
     trials.extend(networks::trials());
