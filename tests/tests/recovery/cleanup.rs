@@ -1,6 +1,12 @@
 //! `flannel-agent cleanup`: everything of the agent's goes, everything else stays.
 
-use std::{fs, path::Path, process::Output, time::Duration};
+use std::{
+    fs::{self, File},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::Output,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_agent::host::udp::programs::inspect;
@@ -11,7 +17,11 @@ use flannel_tests::{
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
-use nix::{net::if_::if_nametoindex, sys::signal::Signal};
+use nix::{
+    mount::{MsFlags, mount},
+    net::if_::if_nametoindex,
+    sys::signal::Signal,
+};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> = ["xdp", "tc", "tun"]
@@ -28,6 +38,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         "cleanup_takes_the_routes_of_host_gw_away",
         Lab::new("cleanup-gw").config(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#),
         |lab| cleaned(lab, AgentOptions::new()?),
+    ));
+    trials.push(scenario(
+        "cleanup_takes_a_room_away_when_nothing_else_is_left_and_no_other_hosts",
+        Lab::new("cleanup-room").hosts(1).without_etcd(),
+        rooms,
     ));
     trials
 }
@@ -153,4 +168,31 @@ fn cleaned(lab: &mut Lab, options: AgentOptions) -> Result<()> {
         lab.host_mut(index).attach_pod()?;
     }
     lab.ping_all_pairs(5)
+}
+
+/// Somebody took the devices and the pins away; or a container, with whose end the mount went, had them.
+fn rooms(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(0);
+    let number = fs::metadata(host.netns().path()).context("look at the host's namespace")?.ino();
+    let room = |name: &str| PathBuf::from(format!("/run/flannel/{name}.room"));
+    let others = [room("flannel3.1"), room(&format!("eth0.{number}"))];
+    for other in &others {
+        File::create_new(other).with_context(|| other.display().to_string())?;
+    }
+    let ours = room(&format!("flannel3.{number}"));
+    for mounted in [true, false] {
+        File::create_new(&ours).with_context(|| ours.display().to_string())?;
+        if mounted {
+            let none = None::<&str>;
+            mount(Some(host.netns().path().as_str()), &ours, none, MsFlags::MS_BIND, none)?;
+        }
+        let line = format!("room {}\n", ours.display());
+        let (code, listed, said) = cleanup(host, &["--dry-run"])?;
+        ensure!(code == Some(0) && listed == line, "{code:?} {listed} {said}");
+        let (code, removed, said) = cleanup(host, &[])?;
+        ensure!(code == Some(0) && removed == format!("removed {line}"), "{code:?} {removed} {said}");
+        ensure!(!ours.exists() && others.iter().all(|other| other.exists()), "{listed}");
+        ensure!(cleanup(host, &[])?.1 == "nothing of flannel-agent's is on this host\n");
+    }
+    Ok(())
 }

@@ -66,6 +66,7 @@ pub async fn find(
     let mut devices: BTreeSet<String> = PinFolder::devices(bpffs).into_iter().collect();
     devices.extend(links.iter().filter(|link| is_tunnel_device(link)).map(|link| link.name.clone()));
     devices.extend(links.iter().filter_map(|link| pair_of(link, links)));
+    devices.extend(gro_pair::rooms()?.into_iter().filter(|name| is_tunnel_name(name)));
     // Filters on an underlay bear no tunnel's name: they go with the first.
     let mut filters = find_filters(links);
     let mut all = Vec::new();

@@ -206,10 +206,16 @@ pub async fn remains(netlink: &Netlink, device: &str) -> Result<Vec<String>, Hos
     if veth_exists(netlink, device).await? {
         lines.push(format!("link device {device}p and {device}g type veth"));
     }
-    if room::exists(netlink, device).await? {
-        lines.push(format!("link device {device}d type veth and {device}v type vxlan, with their namespace"));
-    }
+    lines.extend(room::remains(netlink, device).await?);
     Ok(lines)
+}
+
+/// The devices that have a room of this host, or what is left of one.
+///
+/// # Errors
+/// The kernel does not tell in which namespace we are.
+pub fn rooms() -> Result<Vec<String>, HostError> {
+    room::devices()
 }
 
 /// Deletes the pairs that are not this one.

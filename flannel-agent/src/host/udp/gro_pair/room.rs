@@ -45,10 +45,15 @@ struct Names {
 }
 
 fn names(device: &str) -> Result<Names, HostError> {
+    let path = Path::new(FOLDER).join(format!("{device}{}", ending()?));
+    Ok(Names { door: format!("{device}d"), receiver: format!("{device}v"), path })
+}
+
+/// What the names of all rooms of this host end in.
+fn ending() -> Result<String, HostError> {
     let own = fs::metadata(OWN_NAMESPACE)
         .map_err(|e| HostError::new(format!("look at {OWN_NAMESPACE}"), describe_io(&e)))?;
-    let path = Path::new(FOLDER).join(format!("{device}.{}.room", own.ino()));
-    Ok(Names { door: format!("{device}d"), receiver: format!("{device}v"), path })
+    Ok(format!(".{}.room", own.ino()))
 }
 
 /// A dressed packet is longer than the datagram it came in, which is as long as the underlay allows.
@@ -167,6 +172,33 @@ pub(super) async fn exists(netlink: &Netlink, device: &str) -> Result<bool, Host
         }
     }
     Ok(is_mounted(&names.path))
+}
+
+/// What there is of the room, in a line.
+///
+/// # Errors
+/// The kernel does not answer.
+pub(super) async fn remains(netlink: &Netlink, device: &str) -> Result<Option<String>, HostError> {
+    let Names { door, receiver, path } = names(device)?;
+    for (name, kind) in [(&door, "veth"), (&receiver, "vxlan")] {
+        if netlink.link(name).await?.is_some_and(|link| link.kind.as_deref() == Some(kind)) {
+            let line =
+                format!("link device {door} type veth and {receiver} type vxlan, with their namespace");
+            return Ok(Some(line));
+        }
+    }
+    Ok(path.exists().then(|| format!("room {}", path.display())))
+}
+
+/// The devices that have a room, or the file for one: where the mount went with a container, it stays.
+///
+/// # Errors
+/// The kernel does not tell in which namespace we are.
+pub(super) fn devices() -> Result<Vec<String>, HostError> {
+    let ending = ending()?;
+    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    Ok(names.filter_map(|name| name.strip_suffix(&ending).map(str::to_owned)).collect())
 }
 
 fn is_mounted(path: &Path) -> bool {
