@@ -1,10 +1,11 @@
 //! A real etcd, started for one test: its own folder, its own ports, and gone with its handle.
 //!
-//! Relies on Debian's `etcd-server` and `etcd-client` (3.4, both APIs in one process), and on `openssl` for
-//! certificates. Starts in about a second.
+//! Relies on Debian's `etcd-server` and `etcd-client` (3.4 or 3.5, both APIs in one process), on an etcd 3.6, which has
+//! no package there, out of a crate whose hash `Cargo.lock` knows, and on `openssl` for certificates. Starts in about a
+//! second.
 
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,27 +16,45 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::etcd_v2::V2Keys;
+use crate::port::Port;
 
 /// How long a start may take on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(20);
-/// Another process may take a port between the moment it was found free and etcd's start.
-const PORT_TRIES: u32 = 4;
+
+/// Which etcd runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Version {
+    /// The first on `PATH`; tests of the v2 API need one that has it, which are those before 3.6.
+    Installed,
+    V3_6,
+}
+
+impl Version {
+    fn program(self) -> &'static Path {
+        match self {
+            Self::Installed => Path::new("etcd"),
+            Self::V3_6 => {
+                let Ok(path) = etcd_3_6::etcd_bin_path();
+                path
+            }
+        }
+    }
+}
 
 /// How the server listens.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    pub version: Version,
     /// Clients are served here.
     pub address: IpAddr,
-    /// 2379 in a namespace of its own; any free port when `None`.
-    pub port: Option<u16>,
     pub tls: Option<ServerTls>,
-    /// Has the v2 API too.
+    /// Has the v2 API too, if the version knows it.
     pub v2: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { address: Ipv4Addr::LOCALHOST.into(), port: None, tls: None, v2: true }
+        Self { version: Version::Installed, address: Ipv4Addr::LOCALHOST.into(), tls: None, v2: true }
     }
 }
 
@@ -61,8 +80,8 @@ pub struct Certificate {
 pub struct Etcd {
     folder: TempDir,
     setup: Setup,
-    client: SocketAddr,
-    peer: SocketAddr,
+    client: Port,
+    peer: Port,
     /// `--initial-cluster` of one with several members.
     cluster: Option<String>,
     child: Option<Child>,
@@ -76,31 +95,25 @@ impl Etcd {
 
     /// Returns when the server answers.
     pub fn start_with(setup: Setup) -> Result<Self> {
-        let mut last = None;
-        for _ in 0..PORT_TRIES {
-            let client = match setup.port {
-                Some(port) => SocketAddr::new(setup.address, port),
-                None => free_port(setup.address)?,
-            };
-            let peer = free_port(Ipv4Addr::LOCALHOST.into())?;
-            let folder = tempfile::Builder::new().prefix("flannel-etcd-").tempdir()?;
-            let mut etcd = Self { folder, setup: setup.clone(), client, peer, cluster: None, child: None };
-            match etcd.restart() {
-                Ok(()) => return Ok(etcd),
-                Err(error) => last = Some(error),
-            }
-        }
-        Err(last.unwrap_or_else(|| anyhow::anyhow!("etcd was never started")))
+        let mut etcd = Self::new(setup, None)?;
+        etcd.restart()?;
+        Ok(etcd)
+    }
+
+    fn new(setup: Setup, cluster: Option<String>) -> Result<Self> {
+        let (client, peer) = (Port::hold(setup.address)?, Port::hold(Ipv4Addr::LOCALHOST.into())?);
+        let folder = tempfile::Builder::new().prefix("flannel-etcd-").tempdir()?;
+        Ok(Self { folder, setup, client, peer, cluster, child: None })
     }
 
     /// `http://127.0.0.1:12345`
     pub fn endpoint(&self) -> String {
         let scheme = if self.setup.tls.is_some() { "https" } else { "http" };
-        format!("{scheme}://{}", self.client)
+        format!("{scheme}://{}", self.address())
     }
 
     pub fn address(&self) -> SocketAddr {
-        self.client
+        self.client.address()
     }
 
     /// SIGKILL: no goodbye. Data stay on disk. That it is dead already is fine.
@@ -129,13 +142,17 @@ impl Etcd {
 
     /// The name in a cluster.
     fn name(&self) -> String {
-        if self.cluster.is_some() { format!("m{}", self.client.port()) } else { "lab".to_owned() }
+        if self.cluster.is_some() { format!("m{}", self.address().port()) } else { "lab".to_owned() }
+    }
+
+    fn peer_url(&self) -> String {
+        format!("http://{}", self.peer.address())
     }
 
     fn spawn(&mut self) -> Result<()> {
         self.kill();
         let log = File::create(self.folder.path().join("etcd.log"))?;
-        let (client, peer) = (self.endpoint(), format!("http://{}", self.peer));
+        let (client, peer) = (self.endpoint(), self.peer_url());
         let name = self.name();
         let cluster = self.cluster.clone().unwrap_or_else(|| format!("{name}={peer}"));
         // One member agrees with itself quickly; several on a busy machine need what etcd has by itself.
@@ -143,9 +160,10 @@ impl Etcd {
             None => &["--heartbeat-interval", "20", "--election-timeout", "200"],
             Some(_) => &[],
         };
-        let mut command = Command::new("etcd");
+        let mut command = Command::new(self.setup.version.program());
         command
-            .arg(format!("--enable-v2={}", self.setup.v2))
+            // A flag that 3.6 does not know; of no effect there as a variable.
+            .env("ETCD_ENABLE_V2", self.setup.v2.to_string())
             .args(["--name", &name, "--logger", "zap", "--log-outputs", "stderr"])
             .args(["--log-level", "warn", "--max-txn-ops", "10240"])
             .args(timing)
@@ -190,7 +208,7 @@ impl Etcd {
 
     /// The keys of the other API; without TLS.
     pub fn v2(&self) -> V2Keys {
-        let address = self.client;
+        let address = self.address();
         V2Keys::new(move || Ok(TcpStream::connect_timeout(&address, Duration::from_secs(5))?))
     }
 
@@ -270,29 +288,17 @@ pub struct Cluster {
 impl Cluster {
     /// Of `count` members, on free ports of the loopback; returns when all answer.
     pub fn start(count: usize) -> Result<Self> {
-        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
-        let mut last = None;
-        for _ in 0..PORT_TRIES {
-            let mut members = Vec::new();
-            for _ in 0..count {
-                let (client, peer) = (free_port(loopback)?, free_port(loopback)?);
-                let folder = tempfile::Builder::new().prefix("flannel-etcd-").tempdir()?;
-                // Named once it is known.
-                let cluster = Some(String::new());
-                members.push(Etcd { folder, setup: Setup::default(), client, peer, cluster, child: None });
-            }
-            let list: Vec<String> =
-                members.iter().map(|member| format!("{}=http://{}", member.name(), member.peer)).collect();
-            for member in &mut members {
-                member.cluster = Some(list.join(","));
-                member.spawn()?;
-            }
-            match members.iter_mut().try_for_each(Etcd::wait_until_it_answers) {
-                Ok(()) => return Ok(Self { members }),
-                Err(error) => last = Some(error),
-            }
+        // Named once it is known.
+        let new = |_| Etcd::new(Setup::default(), Some(String::new()));
+        let mut members = (0..count).map(new).collect::<Result<Vec<_>>>()?;
+        let list: Vec<String> =
+            members.iter().map(|member| format!("{}={}", member.name(), member.peer_url())).collect();
+        for member in &mut members {
+            member.cluster = Some(list.join(","));
+            member.spawn()?;
         }
-        Err(last.unwrap_or_else(|| anyhow::anyhow!("etcd was never started")))
+        members.iter_mut().try_for_each(Etcd::wait_until_it_answers)?;
+        Ok(Self { members })
     }
 
     /// Of all members.
@@ -381,9 +387,4 @@ impl Authority {
         }
         Ok(Certificate { cert, key })
     }
-}
-
-/// A port nobody listens on right now.
-pub fn free_port(address: IpAddr) -> Result<SocketAddr> {
-    Ok(TcpListener::bind(SocketAddr::new(address, 0))?.local_addr()?)
 }

@@ -45,6 +45,8 @@ pub mod kernel;
 #[cfg(feature = "parts")]
 pub mod kube;
 #[cfg(feature = "parts")]
+pub mod port;
+#[cfg(feature = "parts")]
 pub mod privilege;
 #[cfg(feature = "parts")]
 pub mod programs;

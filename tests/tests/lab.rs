@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
     os::unix::fs::MetadataExt as _,
     path::Path,
     process::ExitCode,
@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Result, ensure};
 use flannel_tests::{
     namespace::{Namespace, outside},
+    port::Port,
     privilege,
     probe::{
         capture::{Capture, ipv4, udp_payload},
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         Trial::test("a_name_goes_with_its_namespace_and_the_room_of_its_agent_too", || {
             names().map_err(|e| Failed::from(format!("{e:#}")))
         }),
+        scenario("a_held_port_is_given_to_nobody_who_asks_for_any", Lab::new("lab-port").hosts(1), held_port),
     ];
     run_when(privilege::require_root, trials)
 }
@@ -72,7 +74,7 @@ fn bridge(lab: &mut Lab) -> Result<()> {
             ensure!(Ping::new(from.netns(), to.address()).run()?.lost() == 0);
         }
         let store = SocketAddrV4::new([10, 99, 0, 1].into(), 2379);
-        from.netns().run(|| Ok(std::net::TcpStream::connect(store)?))?;
+        from.netns().run(|| Ok(TcpStream::connect(store)?))?;
     }
     Ok(())
 }
@@ -80,7 +82,7 @@ fn bridge(lab: &mut Lab) -> Result<()> {
 fn direct(lab: &mut Lab) -> Result<()> {
     ensure!(Ping::new(lab.host(0).netns(), lab.host(1).address()).run()?.lost() == 0);
     let store = SocketAddrV4::new([10, 98, 0, 1].into(), 2379);
-    lab.host(1).netns().run(|| Ok(std::net::TcpStream::connect(store)?))?;
+    lab.host(1).netns().run(|| Ok(TcpStream::connect(store)?))?;
     Ok(())
 }
 
@@ -183,4 +185,32 @@ fn names() -> Result<()> {
         ensure!(is_left(1) == [false; 3], "{:?}", is_left(1));
     }
     Ok(())
+}
+
+fn held_port(lab: &mut Lab) -> Result<()> {
+    let netns = lab.host(0).netns();
+    netns.sysctl("net.ipv4.ip_local_port_range", "40000 40007")?;
+    netns.run(|| {
+        let held = Port::hold(Ipv4Addr::LOCALHOST.into())?;
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        for _ in 0..200 {
+            ensure!(TcpListener::bind(any)?.local_addr()? != held.address(), "a listener got it");
+        }
+        ensure!(TcpStream::connect(held.address()).is_err(), "something answers in its place");
+        // Its owner has it as often as it likes.
+        for _ in 0..2 {
+            let server = TcpListener::bind(held.address())?;
+            TcpStream::connect(held.address())?;
+            server.accept()?;
+        }
+        let other = TcpListener::bind(any)?;
+        for _ in 0..20 {
+            let mut near = TcpStream::connect(other.local_addr()?)?;
+            ensure!(near.local_addr()? != held.address(), "a connection got it");
+            // The far end closes first: what lingers keeps no port of the near one.
+            drop(other.accept()?);
+            std::io::Read::read(&mut near, &mut [0])?;
+        }
+        Ok(())
+    })
 }

@@ -1,7 +1,7 @@
 //! What every store must do, run against each of them, and what only etcd can get wrong.
 //!
-//! Needs no root. All contract cases share one etcd, each under a prefix of its own; cases that break etcd start one
-//! for themselves.
+//! Needs no root. All contract cases share one etcd, and one of 3.6, each under a prefix of its own; cases that break
+//! etcd start one for themselves.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a case that fails this way has failed")]
 
@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use flannel_agent::stores::etcd::EtcdApi;
-use flannel_tests::etcd::Etcd;
+use flannel_tests::etcd::{Etcd, Setup, Version};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use self::ground::Ground;
@@ -66,7 +66,7 @@ fn run_within(limit: Duration, case: impl Future<Output = anyhow::Result<()>>) -
 }
 
 macro_rules! contract {
-    ($trials:ident, $etcd:ident, $cluster:ident: $($case:ident)*) => {$(
+    ($trials:ident, $etcd:ident, $newer:ident, $cluster:ident: $($case:ident)*) => {$(
         let name = stringify!($case);
         if cfg!(feature = "kube") && kubernetes::exemption(name).is_none() {
             let cluster = $cluster.clone();
@@ -85,6 +85,10 @@ macro_rules! contract {
         }));
         let etcd = $etcd.clone();
         $trials.push(Trial::test(format!("etcd_v3::{name}"), move || {
+            run(async move { contract::$case(Ground::etcd(&etcd, EtcdApi::V3, name).await?).await })
+        }));
+        let etcd = $newer.clone();
+        $trials.push(Trial::test(format!("etcd_3_6::{name}"), move || {
             run(async move { contract::$case(Ground::etcd(&etcd, EtcdApi::V3, name).await?).await })
         }));
         let etcd = $etcd.clone();
@@ -107,7 +111,10 @@ macro_rules! contract {
 
 /// Both APIs do what both can, and each what is its own.
 macro_rules! etcd {
-    (both { $($both:ident)* } auto { $($auto:ident)* } v2 { $($v2:ident)* } v3 { $($v3:ident)* }) => {{
+    (
+        both { $($both:ident)* } auto { $($auto:ident)* } v2 { $($v2:ident)* }
+        without_v2 { $($module:ident::$without:ident)* }
+    ) => {{
         let mut trials = Vec::new();
         $(
             let name = stringify!($both);
@@ -116,7 +123,15 @@ macro_rules! etcd {
         )*
         $(trials.push(Trial::test(concat!("etcd_auto::", stringify!($auto)), || run(etcd::auto::$auto())));)*
         $(trials.push(Trial::test(concat!("etcd_v2::", stringify!($v2)), || run(etcd::v2::$v2())));)*
-        $(trials.push(Trial::test(concat!("etcd_v3::", stringify!($v3)), || run(etcd::v3::$v3())));)*
+        $(
+            let name = stringify!($without);
+            trials.push(Trial::test(format!("etcd_v3::{name}"), || {
+                run(etcd::$module::$without(Version::Installed))
+            }));
+            trials.push(Trial::test(format!("etcd_3_6::{name}"), || {
+                run(etcd::$module::$without(Version::V3_6))
+            }));
+        )*
         trials
     }};
 }
@@ -143,8 +158,9 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .init();
 
-    let etcd = match Etcd::start() {
-        Ok(etcd) => Arc::new(etcd),
+    let newer = || Etcd::start_with(Setup { version: Version::V3_6, ..Setup::default() });
+    let (etcd, newer) = match Etcd::start().and_then(|etcd| Ok((Arc::new(etcd), Arc::new(newer()?)))) {
+        Ok(both) => both,
         Err(error) => {
             eprintln!("{error:#}");
             return ExitCode::FAILURE;
@@ -172,7 +188,6 @@ fn main() -> ExitCode {
             the_keyspace_with_the_configuration_is_taken
             of_two_configurations_that_of_v3_is_taken_with_a_warning
             while_there_is_no_configuration_both_are_looked_at
-            an_etcd_with_one_api_only_is_no_trouble
             a_v2_that_does_not_answer_keeps_nobody_waiting
             an_etcd_older_than_v3_is_taken_as_v2
         } v2 {
@@ -181,22 +196,23 @@ fn main() -> ExitCode {
             a_burst_of_changes_is_told_in_order
             a_folder_that_is_deleted_takes_its_leases_along
             directories_among_the_leases_are_passed_over
-            a_server_without_the_api_says_so
             our_lease_written_by_another_has_its_true_end
             a_renewal_that_raced_with_another_writer_overwrites_nothing
             a_proxy_that_holds_back_heads_is_no_dead_server
             leases_of_a_whole_cluster_are_listed
-        } v3 {
-            history_compacted_before_the_watch_began_means_a_fresh_snapshot
-            a_restart_after_a_compaction_means_a_fresh_snapshot
-            renewals_leave_no_lease_objects_behind
-            a_lease_object_others_use_is_not_revoked
-            thousands_of_leases_are_listed_at_one_revision
-            our_lease_written_by_another_has_its_true_end
-            leases_written_at_one_revision_are_told_apart
+        } without_v2 {
+            v3::history_compacted_before_the_watch_began_means_a_fresh_snapshot
+            v3::a_restart_after_a_compaction_means_a_fresh_snapshot
+            v3::renewals_leave_no_lease_objects_behind
+            v3::a_lease_object_others_use_is_not_revoked
+            v3::thousands_of_leases_are_listed_at_one_revision
+            v3::our_lease_written_by_another_has_its_true_end
+            v3::leases_written_at_one_revision_are_told_apart
+            v2::a_server_without_the_api_says_so
+            auto::an_etcd_with_one_api_only_is_no_trouble
         }
     );
-    contract!(trials, etcd, cluster:
+    contract!(trials, etcd, newer, cluster:
         a_missing_configuration_is_named
         a_first_lease_is_written_as_flanneld_writes_it
         recorded_leases_are_read_and_written_back_byte_for_byte
@@ -269,7 +285,7 @@ fn main() -> ExitCode {
     ));
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(cluster);
-    drop(etcd);
+    drop((etcd, newer));
 
     let log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
     if String::from_utf8_lossy(&log).contains(etcd::PASSWORD) {

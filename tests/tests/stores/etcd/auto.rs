@@ -7,12 +7,12 @@ use anyhow::{Result, ensure};
 use flannel_agent::domain::lease::LeaseEvent;
 use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
 use flannel_agent::stores::{NetworkEvent, NetworkStores, StoreError};
-use flannel_tests::etcd::{Etcd, Setup};
+use flannel_tests::etcd::Version;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use super::{options, snapshot_of, start};
+use super::{options, snapshot_of, start, start_of};
 use crate::ground::{Keys, network, next, request};
 use crate::relay::Relay;
 
@@ -106,9 +106,8 @@ pub(crate) async fn while_there_is_no_configuration_both_are_looked_at() -> Resu
     Ok(())
 }
 
-pub(crate) async fn an_etcd_with_one_api_only_is_no_trouble() -> Result<()> {
-    let etcd =
-        tokio::task::spawn_blocking(|| Etcd::start_with(Setup { v2: false, ..Setup::default() })).await??;
+pub(crate) async fn an_etcd_with_one_api_only_is_no_trouble(version: Version) -> Result<()> {
+    let etcd = start_of(version).await?;
     let node = auto(etcd.endpoint(), "/one")?.network(None);
     ensure!(matches!(node.network_config().await, Err(StoreError::NoConfig { .. })));
     Keys::of(&etcd, EtcdApi::V3).await?.put("/one/config", CONFIG, None).await?;

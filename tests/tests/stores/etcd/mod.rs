@@ -13,7 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use flannel_agent::domain::lease::{LeaseEvent, Subnets};
 use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
 use flannel_agent::stores::{LeaseStore, NetworkStores, StoreError};
-use flannel_tests::etcd::{Authority, Certificate, Cluster, Etcd, ServerTls, Setup, free_port};
+use flannel_tests::etcd::{Authority, Certificate, Cluster, Etcd, ServerTls, Setup, Version};
+use flannel_tests::port::Port;
 use tokio::net::TcpListener;
 
 use crate::ground::{Events, Keys, first, interrupted, network, next, next_within, request, subnets};
@@ -24,6 +25,11 @@ const PEER: &str = r#"{"PublicIP":"192.0.2.9","PublicIPv6":null}"#;
 
 async fn start() -> Result<Etcd> {
     tokio::task::spawn_blocking(Etcd::start).await?
+}
+
+async fn start_of(version: Version) -> Result<Etcd> {
+    tokio::task::spawn_blocking(move || Etcd::start_with(Setup { version, v2: false, ..Setup::default() }))
+        .await?
 }
 
 async fn restart(mut etcd: Etcd) -> Result<Etcd> {
@@ -123,7 +129,8 @@ pub(crate) async fn a_quiet_watch_is_not_broken_by_our_own_questions(api: EtcdAp
 
 pub(crate) async fn a_dead_endpoint_is_passed_over(api: EtcdApi) -> Result<()> {
     let etcd = start().await?;
-    let dead = format!("http://{}", free_port("127.0.0.1".parse()?)?);
+    let nobody = Port::hold("127.0.0.1".parse()?)?;
+    let dead = format!("http://{}", nobody.address());
     let list = [dead.clone(), etcd.endpoint(), dead.clone()];
     let config = network("10.5.255.0");
     for _ in 0..5 {

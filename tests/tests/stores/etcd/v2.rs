@@ -7,10 +7,10 @@ use anyhow::{Context, Result, ensure};
 use flannel_agent::domain::lease::LeaseEvent;
 use flannel_agent::stores::etcd::{self, EtcdApi};
 use flannel_agent::stores::{LEASE_TTL, NetworkStores, StoreError};
-use flannel_tests::etcd::{Etcd, Setup};
+use flannel_tests::etcd::{Etcd, Version};
 use flannel_tests::etcd_v2::V2Keys;
 
-use super::{PEER, options, snapshot_of, start, store};
+use super::{PEER, options, snapshot_of, start, start_of, store};
 use crate::ground::{Ground, first, network, next, next_unreadable, next_within, request, subnets};
 use crate::relay::Relay;
 
@@ -151,9 +151,8 @@ pub(crate) async fn directories_among_the_leases_are_passed_over() -> Result<()>
     Ok(())
 }
 
-pub(crate) async fn a_server_without_the_api_says_so() -> Result<()> {
-    let etcd =
-        tokio::task::spawn_blocking(|| Etcd::start_with(Setup { v2: false, ..Setup::default() })).await??;
+pub(crate) async fn a_server_without_the_api_says_so(version: Version) -> Result<()> {
+    let etcd = start_of(version).await?;
     let error = store(EtcdApi::V2, &[etcd.endpoint()])?.network_config().await.unwrap_err();
     ensure!(matches!(error, StoreError::Refused { .. }), "{error}");
     ensure!(error.to_string().contains("has no v2 API"), "{error}");

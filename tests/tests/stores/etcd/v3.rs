@@ -8,14 +8,17 @@ use etcd_client::{Client, LeaseTimeToLiveOptions, PutOptions, Txn, TxnOp};
 use flannel_agent::domain::lease::LeaseEvent;
 use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
 use flannel_agent::stores::{NetworkStores, StoreError};
+use flannel_tests::etcd::Version;
 
-use super::{PEER, restart, snapshot_of, start, store};
+use super::{PEER, restart, snapshot_of, start_of, store};
 use crate::ground::{Ground, first, interrupted, network, next, request, subnets};
 use crate::relay::Relay;
 
 /// Between the list and the watch that follows it, history is compacted away.
-pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snapshot() -> Result<()> {
-    let etcd = start().await?;
+pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snapshot(
+    version: Version,
+) -> Result<()> {
+    let etcd = start_of(version).await?;
     let ground = Ground::etcd(&etcd, EtcdApi::V3, "compacted").await?;
     ground.put("10.5.1.0-24", PEER, None).await?;
     ground.put("10.5.2.0-24", &PEER.replace("2.9", "2.8"), None).await?;
@@ -57,8 +60,8 @@ pub(crate) async fn history_compacted_before_the_watch_began_means_a_fresh_snaps
     Ok(())
 }
 
-pub(crate) async fn a_restart_after_a_compaction_means_a_fresh_snapshot() -> Result<()> {
-    let mut etcd = start().await?;
+pub(crate) async fn a_restart_after_a_compaction_means_a_fresh_snapshot(version: Version) -> Result<()> {
+    let mut etcd = start_of(version).await?;
     let node = store(EtcdApi::V3, &[etcd.endpoint()])?;
     let mut client = Client::connect([etcd.endpoint()], None).await?;
     let relay = Relay::start(etcd.address()).await?;
@@ -82,8 +85,8 @@ pub(crate) async fn a_restart_after_a_compaction_means_a_fresh_snapshot() -> Res
     Ok(())
 }
 
-pub(crate) async fn renewals_leave_no_lease_objects_behind() -> Result<()> {
-    let etcd = start().await?;
+pub(crate) async fn renewals_leave_no_lease_objects_behind(version: Version) -> Result<()> {
+    let etcd = start_of(version).await?;
     let node = store(EtcdApi::V3, &[etcd.endpoint()])?;
     let config = network("10.5.255.0");
     let mut lease = node.acquire(&request(&config, "192.0.2.1")).await?;
@@ -112,8 +115,8 @@ pub(crate) async fn renewals_leave_no_lease_objects_behind() -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn a_lease_object_others_use_is_not_revoked() -> Result<()> {
-    let etcd = start().await?;
+pub(crate) async fn a_lease_object_others_use_is_not_revoked(version: Version) -> Result<()> {
+    let etcd = start_of(version).await?;
     let mut client = Client::connect([etcd.endpoint()], None).await?;
     let shared = client.lease_grant(3600, None).await?.id();
     let with = || Some(PutOptions::new().with_lease(shared));
@@ -130,9 +133,9 @@ pub(crate) async fn a_lease_object_others_use_is_not_revoked() -> Result<()> {
 }
 
 /// More than one answer holds.
-pub(crate) async fn thousands_of_leases_are_listed_at_one_revision() -> Result<()> {
+pub(crate) async fn thousands_of_leases_are_listed_at_one_revision(version: Version) -> Result<()> {
     const LEASES: u32 = 3500;
-    let etcd = start().await?;
+    let etcd = start_of(version).await?;
     let mut client = Client::connect([etcd.endpoint()], None).await?;
     for start in (0..LEASES).step_by(500) {
         let puts: Vec<_> = (start..start + 500)
@@ -154,8 +157,8 @@ pub(crate) async fn thousands_of_leases_are_listed_at_one_revision() -> Result<(
     Ok(())
 }
 
-pub(crate) async fn our_lease_written_by_another_has_its_true_end() -> Result<()> {
-    let etcd = start().await?;
+pub(crate) async fn our_lease_written_by_another_has_its_true_end(version: Version) -> Result<()> {
+    let etcd = start_of(version).await?;
     let node = store(EtcdApi::V3, &[etcd.endpoint()])?;
     let lease = node.acquire(&request(&network("10.5.1.0"), "192.0.2.1")).await?;
     let mut events = node.watch();
@@ -179,8 +182,8 @@ pub(crate) async fn our_lease_written_by_another_has_its_true_end() -> Result<()
 }
 
 /// A restored backup, or an operator's transaction: a revision is no name.
-pub(crate) async fn leases_written_at_one_revision_are_told_apart() -> Result<()> {
-    let etcd = start().await?;
+pub(crate) async fn leases_written_at_one_revision_are_told_apart(version: Version) -> Result<()> {
+    let etcd = start_of(version).await?;
     let mut client = Client::connect([etcd.endpoint()], None).await?;
     let own = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#;
     let folder = "/coreos.com/network/subnets";

@@ -16,8 +16,9 @@ use flannel_agent::domain::config::NetworkConfig;
 use flannel_agent::domain::lease::{Lease, LeaseAttrs, Reservation, Subnets};
 use flannel_agent::stores::kube::{KubeOptions, KubeStore, NodeIdentity};
 use flannel_agent::stores::{LEASE_TTL, LeaseRequest, LeaseStore, StoreError};
-use flannel_tests::etcd::{Etcd, free_port};
+use flannel_tests::etcd::Etcd;
 use flannel_tests::kube::ApiServer;
+use flannel_tests::port::Port;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -39,6 +40,7 @@ pub(crate) struct Cluster {
 struct Running {
     api: ApiServer,
     kubeconfig: PathBuf,
+    _port: Port,
 }
 
 impl Cluster {
@@ -58,8 +60,8 @@ impl Cluster {
     }
 
     fn start(&self) -> Result<Running> {
-        let address: SocketAddr = free_port(Ipv4Addr::LOCALHOST.into())?;
-        let api = ApiServer::start(None, address, &self.etcd)?;
+        let port = Port::hold(Ipv4Addr::LOCALHOST.into())?;
+        let api = ApiServer::start(None, port.address(), &self.etcd)?;
         api.create_from(MANIFEST)?;
         let token = api.service_account_token("kube-flannel", "flannel")?;
         let kubeconfig = api.kubeconfig("flannel", &token)?;
@@ -71,7 +73,7 @@ impl Cluster {
             );
             std::thread::sleep(Duration::from_millis(100));
         }
-        Ok(Running { api, kubeconfig })
+        Ok(Running { api, kubeconfig, _port: port })
     }
 }
 

@@ -1,7 +1,6 @@
 //! The real binary, serving from a file.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use flannel_agent::domain::lease::{LeaseEvent, Reservation};
 use flannel_agent::stores::NetworkStores;
 use flannel_agent::stores::embedded::Embedded;
-use flannel_tests::etcd::free_port;
+use flannel_tests::port::Port;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
@@ -19,7 +18,7 @@ use super::{CONFIG, asking, node};
 use crate::ground::{first, next, subnets};
 
 struct Process {
-    address: SocketAddr,
+    port: Port,
     files: std::path::PathBuf,
     child: Option<Child>,
 }
@@ -27,8 +26,8 @@ struct Process {
 impl Process {
     async fn start(files: &TempDir) -> Result<Self> {
         std::fs::write(files.path().join("net-conf.json"), CONFIG)?;
-        let address = free_port("127.0.0.1".parse()?)?;
-        let mut process = Self { address, files: files.path().to_owned(), child: None };
+        let port = Port::hold("127.0.0.1".parse()?)?;
+        let mut process = Self { port, files: files.path().to_owned(), child: None };
         process.restart().await?;
         Ok(process)
     }
@@ -37,7 +36,7 @@ impl Process {
         self.kill()?;
         let log = std::fs::File::options().create(true).append(true).open(self.files.join("server.log"))?;
         let child = Command::new(flannel_tests::agent_binary()?)
-            .arg(format!("--listen={}", self.address))
+            .arg(format!("--listen={}", self.port.address()))
             .arg(format!("--store=embedded:{}", self.files.join("leases.redb").display()))
             .arg(format!("--net-config-path={}", self.files.join("net-conf.json").display()))
             .stdout(Stdio::null())
@@ -45,7 +44,7 @@ impl Process {
             .spawn()?;
         self.child = Some(child);
         let started = Instant::now();
-        while TcpStream::connect(self.address).await.is_err() {
+        while TcpStream::connect(self.port.address()).await.is_err() {
             let log = || std::fs::read_to_string(self.files.join("server.log")).unwrap_or_default();
             ensure!(started.elapsed() < Duration::from_secs(20), "the server does not listen: {}", log());
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -72,7 +71,7 @@ impl Drop for Process {
 pub(crate) async fn a_server_that_is_away_is_one_interruption_and_then_a_snapshot() -> Result<()> {
     let files = tempfile::tempdir()?;
     let mut process = Process::start(&files).await?;
-    let node = node(&[process.address])?;
+    let node = node(&[process.port.address()])?;
     let mut events = node.watch();
     first(&mut events).await?;
     process.kill()?;
@@ -94,7 +93,7 @@ pub(crate) async fn nothing_acknowledged_is_lost_in_twenty_kills() -> Result<()>
     let mut acknowledged: BTreeMap<_, _> = BTreeMap::new();
     for kill in 0..KILLS {
         let writers = (0..4).map(|writer| {
-            let (address, next_ip) = (process.address, next_ip.clone());
+            let (address, next_ip) = (process.port.address(), next_ip.clone());
             tokio::spawn(async move {
                 let node = node(&[address])?;
                 let mut done = Vec::new();
@@ -130,7 +129,7 @@ pub(crate) async fn nothing_acknowledged_is_lost_in_twenty_kills() -> Result<()>
             }
         }
         process.restart().await?;
-        let node = node(&[process.address])?;
+        let node = node(&[process.port.address()])?;
         let (leases, unreadable) = first(&mut node.watch()).await?;
         ensure!(unreadable.is_empty(), "{unreadable:?}");
         for (subnets, (ip, reserved)) in &acknowledged {
@@ -287,10 +286,10 @@ pub(crate) async fn leases_move_between_a_file_and_etcd() -> Result<()> {
 pub(crate) async fn reservations_are_kept_by_a_command() -> Result<()> {
     let files = tempfile::tempdir()?;
     let process = Process::start(&files).await?;
-    let remote = format!("--remote={}", process.address);
+    let remote = format!("--remote={}", process.port.address());
     let (code, said, errors) = agent(&["reservations", "add", "10.5.9.0/24", "192.0.2.9", &remote])?;
     ensure!(code == Some(0) && said == "10.5.9.0/24 is reserved for 192.0.2.9\n", "{said}{errors}");
-    let lease = node(&[process.address])?.acquire(&asking("192.0.2.9")).await?;
+    let lease = node(&[process.port.address()])?.acquire(&asking("192.0.2.9")).await?;
     assert_eq!((lease.subnets, lease.expires), (subnets("10.5.9.0-24"), None));
     let (_, said, _) = agent(&["reservations", "list", "--json", &remote])?;
     let said: serde_json::Value = serde_json::from_str(&said)?;
