@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that fails ends its test, and the panic names the line")]
 
 mod damage;
+mod flood;
 mod peers;
 mod rig;
 mod strangers;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         ("clsact_is_replaced_in_place_and_leaves_others_alone", strangers::clsact),
         ("a_new_agent_takes_over_without_losing_a_packet", takeover::nothing_lost),
         ("user_space_begins_and_the_kernel_takes_over_without_losing_a_packet", takeover::from_nothing),
+        ("what_a_full_queue_drops_is_named_where_datagrams_are_missing", takeover::full_queue),
         ("packets_flow_on_while_no_agent_runs", takeover::no_agent),
         ("counters_and_peers_survive_the_agent", takeover::counters_survive),
         ("a_pinned_map_of_another_shape_is_replaced", takeover::stale_map),

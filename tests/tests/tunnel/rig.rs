@@ -26,7 +26,7 @@ pub(crate) const DEVICE: &str = "flannel0";
 pub(crate) const UNDERLAY: &str = "eth0";
 const PORT: u16 = 8285;
 /// No step takes this long.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 static BPFFS: OnceLock<PathBuf> = OnceLock::new();
 static NODES: AtomicU32 = AtomicU32::new(0);
@@ -71,7 +71,7 @@ type Job = Box<dyn FnOnce(&mut Inside) + Send>;
 pub(crate) struct Node {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    id: i32,
+    pub(crate) id: i32,
     /// 1 or 2: last number of its underlay address, third of its subnet.
     pub(crate) number: u8,
     pub(crate) bpffs: PathBuf,
@@ -385,85 +385,5 @@ impl Rig {
             }
         }
         Ok(())
-    }
-
-    /// Sends numbered datagrams from A's pod to B's at about 5,000 a second until the flood is ended.
-    pub(crate) fn flood(&self) -> Result<Flood> {
-        let (sender, receiver) = (self.a.pod_socket(0)?, self.b.pod_socket(0)?);
-        let to = receiver.local_addr()?;
-        let (end, ended) = mpsc::channel::<()>();
-        let sending = thread::spawn(move || -> std::io::Result<u64> {
-            let mut sent = 0_u64;
-            let start = Instant::now();
-            while ended.try_recv().is_err() && start.elapsed() < PATIENCE {
-                for _ in 0..10 {
-                    sender.send_to(&sent.to_be_bytes(), to)?;
-                    sent += 1;
-                }
-                thread::sleep(Duration::from_millis(2));
-            }
-            Ok(sent)
-        });
-        // Read while it runs: a socket that nobody reads drops what no longer fits, and that would look like a loss.
-        receiver.set_read_timeout(Some(Duration::from_millis(500)))?;
-        let (total, told) = mpsc::channel::<u64>();
-        let receiving = thread::spawn(move || receive(&receiver, &told));
-        Ok(Flood { end, sending, total, receiving })
-    }
-}
-
-/// Which datagrams arrived, until all that were sent have, or none has for a while after that number is told.
-fn receive(receiver: &UdpSocket, told: &mpsc::Receiver<u64>) -> Result<Vec<bool>> {
-    let (mut seen, mut count, mut sent) = (Vec::new(), 0, None);
-    let mut buffer = [0; 16];
-    loop {
-        sent = sent.or_else(|| told.try_recv().ok());
-        if sent.is_some_and(|sent| count >= sent) {
-            return Ok(seen);
-        }
-        let length = match receiver.recv(&mut buffer) {
-            Ok(length) => length,
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                if sent.is_some() {
-                    return Ok(seen);
-                }
-                continue;
-            }
-            Err(e) => return Err(e).context("receive a datagram of the flood"),
-        };
-        ensure!(length == 8, "{length} bytes instead of 8");
-        let number = usize::try_from(u64::from_be_bytes(buffer[..8].try_into()?))?;
-        if seen.len() <= number {
-            seen.resize(number + 1, false);
-        }
-        count += u64::from(!std::mem::replace(&mut seen[number], true));
-    }
-}
-
-pub(crate) struct Flood {
-    end: mpsc::Sender<()>,
-    sending: JoinHandle<std::io::Result<u64>>,
-    total: mpsc::Sender<u64>,
-    receiving: JoinHandle<Result<Vec<bool>>>,
-}
-
-impl Flood {
-    /// Ends it and checks that every datagram arrived; how many there were.
-    pub(crate) fn end_complete(self) -> Result<u64> {
-        thread::sleep(Duration::from_millis(100));
-        let _ = self.end.send(());
-        let sent = self.sending.join().map_err(|_| anyhow!("the sender panicked"))??;
-        let _ = self.total.send(sent);
-        let mut seen = self.receiving.join().map_err(|_| anyhow!("the receiver panicked"))??;
-        seen.resize(usize::try_from(sent)?, false);
-        let missing: Vec<usize> =
-            seen.iter().enumerate().filter(|(_, seen)| !**seen).map(|(number, _)| number).collect();
-        ensure!(
-            missing.is_empty(),
-            "{} of {sent} datagrams are missing, numbers {:?}…",
-            missing.len(),
-            &missing[..missing.len().min(8)]
-        );
-        Ok(sent)
     }
 }

@@ -95,7 +95,7 @@ pub(crate) fn contested() -> Result<()> {
     ensure!(tcx(&rig.b, UNDERLAY, INGRESS)?.first() == Some(&id));
     let reason = rig.b.report()?.reason;
     ensure!(reason.ends_with(&format!("; BPF program {id} runs before ours on ingress of eth0")), "{reason}");
-    flood.end_complete()?;
+    flood.end_complete(&rig)?;
     drop((others, last));
     Ok(())
 }

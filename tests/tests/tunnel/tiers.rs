@@ -264,7 +264,7 @@ pub(crate) fn change_under_traffic() -> Result<()> {
         rig.b.put(rig.b.tunnel(datapath))?;
         rig.b.settles_on(datapath, tier)?;
     }
-    let sent = flood.end_complete()?;
+    let sent = flood.end_complete(&rig)?;
     let (xdp, tc) = (rig.b.count("decap_xdp")?, rig.b.count("decap_tc")?);
     ensure!(xdp > 0 && tc > 0 && xdp + tc >= sent, "{xdp} by XDP, {tc} by tc, of {sent}");
     Ok(())
