@@ -11,11 +11,11 @@ pub mod peer;
 pub mod pod;
 pub mod tunnel;
 
-/// Version of the pinned maps' layout; part of the pin path (`flannel/<device>/v3/`).
+/// Version of the pinned maps' layout; part of the pin path (`flannel/<device>/v4/`).
 ///
 /// Whatever a version changes, `PEERS` keeps its key and begins its value with the node's address ([`peer`]): by these an
 /// agent fills its own map from that of any other version before it replaces the programs.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Outer IPv4 (20 bytes, no options) and UDP (8 bytes) header in front of every inner packet.
 pub const OVERHEAD: u32 = 28;

@@ -66,6 +66,14 @@ pub const MAX_PEER_DROPS: u32 = 16384;
 /// Entries of `PEERS`, and of `PEER_COUNTERS` for each CPU.
 pub const MAX_PEERS: u32 = 16384;
 
+/// Subnets of a network that `SUBNETS` has places for: the /24s of a /8.
+pub const MAX_SUBNETS: u32 = 65536;
+
+/// Entries of `SUBNETS`: behind the places is one that says in which order they are ([`Settings::order`]).
+///
+/// [`Settings::order`]: crate::tunnel::Settings::order
+pub const SUBNETS_AND_ORDER: u32 = MAX_SUBNETS + 1;
+
 /// Where `PEER_COUNTERS` has what this CPU counts for the peer of this [`Peer::index`]; `None` for an index that can't be.
 ///
 /// An array with a part for each CPU, because making a per-CPU array takes an allocation per entry: 10 ms of a node's start.

@@ -4,7 +4,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::peer::PeerKey;
+use crate::peer::{Peer, PeerKey};
 
 /// Addresses, masks and port are in network byte order, as they stand in the packet.
 #[repr(C)]
@@ -30,6 +30,8 @@ pub struct Settings {
     pub port: u16,
     /// `flags` bits below.
     pub flags: u16,
+    /// Bits of an address behind the subnet's (32 − SubnetLen).
+    pub host_bits: u32,
 }
 
 impl Settings {
@@ -38,6 +40,35 @@ impl Settings {
     #[must_use]
     pub const fn peer_key(&self, address: u32) -> PeerKey {
         address & self.subnet_mask
+    }
+
+    /// Where `SUBNETS` has the subnet that begins at `key`: its number within the network. Above every place there is for
+    /// one outside, as far as the network has as many ([`SUBNETS_IN_ORDER`]).
+    #[inline(always)]
+    #[must_use]
+    pub const fn place_of(&self, key: PeerKey) -> u32 {
+        u32::from_be(key).wrapping_sub(u32::from_be(self.network)) >> (self.host_bits & 31)
+    }
+
+    /// The inverse of [`Self::place_of`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn key_of(&self, place: u32) -> PeerKey {
+        u32::from_be(self.network).wrapping_add(place << (self.host_bits & 31)).to_be()
+    }
+
+    /// How many subnets the network has.
+    #[inline(always)]
+    #[must_use]
+    pub const fn subnets(&self) -> u32 {
+        (!u32::from_be(self.network_mask) >> (self.host_bits & 31)).wrapping_add(1)
+    }
+
+    /// The last entry of `SUBNETS`. No packet can be sent by it: it has no node.
+    #[inline(always)]
+    #[must_use]
+    pub const fn order(&self) -> Peer {
+        Peer { node: 0, ifindex: self.network, index: self.host_bits }
     }
 
     /// Whether an address lies in the overlay network.
@@ -64,6 +95,9 @@ pub const COARSE_CLOCK: u16 = 1 << 5;
 
 /// TCP leaves by `gro_pair` dressed as vxlan ([`dress`](crate::header::dress)) for the kernel's own receiver.
 pub const DRESSED: u16 = 1 << 6;
+
+/// The network has no more subnets than `SUBNETS` has places: peers are looked up there, not in `PEERS`.
+pub const SUBNETS_IN_ORDER: u16 = 1 << 7;
 
 /// Metadata XDP puts in front of a decapsulated packet for tc ingress ("this came through the tunnel").
 pub const XDP_MARK: u32 = 0xF1A7_8285;

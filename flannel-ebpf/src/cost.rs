@@ -25,7 +25,7 @@ fn main() {}
 mod programs {
     use aya_ebpf::{
         bindings::{TC_ACT_REDIRECT, xdp_action::XDP_PASS},
-        helpers::{bpf_get_prandom_u32, bpf_xdp_adjust_head, bpf_xdp_adjust_meta},
+        helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta},
         macros::{classifier, xdp},
         programs::{TcContext, XdpContext},
     };
@@ -88,14 +88,12 @@ mod programs {
         let Some(there) = peer(key) else { return WRONG };
         let mut skb = Skb::new(&ctx);
         let hash = skb.flow_hash();
-        // SAFETY: the helper has no preconditions.
-        let id = unsafe { bpf_get_prandom_u32() };
         if skb.grow_plainly().is_err() || Skb::new(&ctx).send_from(there.ifindex) != TC_ACT_REDIRECT {
             return WRONG;
         }
         let Some(back) = peer(key) else { return WRONG };
         // So that the compiler can leave none of them out.
-        let never = hash == 0 && id == 0 && back.index != there.index;
+        let never = hash == 0 && back.index != there.index;
         if never || skb.shrink().is_err() || skb.receive_on(back.ifindex) != TC_ACT_REDIRECT {
             return WRONG;
         }
@@ -138,7 +136,7 @@ mod programs {
         let Some(received) = Frame::new(&ctx).read::<Received>().copied() else { return 0 };
         let there = peer(settings().peer_key(received.packet.inner.source()));
         let mut frame = Frame::new(&ctx);
-        if there.is_none() || !frame.mark(1) || !frame.cut(OVERHEAD) {
+        if there.is_none() || !frame.cut(OVERHEAD) || !frame.mark(1) {
             return 0;
         }
         restore_frame(&ctx, &received)
@@ -149,7 +147,7 @@ mod programs {
     fn cost_xdp_room(ctx: XdpContext) -> u32 {
         let Some(received) = Frame::new(&ctx).read::<Received>().copied() else { return 0 };
         let mut frame = Frame::new(&ctx);
-        if !frame.mark(1) || !frame.cut(OVERHEAD) {
+        if !frame.cut(OVERHEAD) || !frame.mark(1) {
             return 0;
         }
         restore_frame(&ctx, &received)
@@ -166,8 +164,8 @@ mod programs {
     fn restore_frame(ctx: &XdpContext, received: &Received) -> u32 {
         // SAFETY: the helpers check everything themselves.
         let moved = unsafe {
-            bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD as i32))
-                | bpf_xdp_adjust_meta(ctx.ctx, size_of::<u32>() as i32)
+            bpf_xdp_adjust_meta(ctx.ctx, size_of::<u32>() as i32)
+                | bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD as i32))
         };
         if moved == 0 { put_back(ctx, received) } else { 0 }
     }

@@ -1,18 +1,14 @@
 //! From the tunnel device to the peer. Runs after netfilter, on whole GSO packets.
 
-use aya_ebpf::{
-    bindings::{TC_ACT_OK, TC_ACT_SHOT},
-    helpers::bpf_get_prandom_u32,
-};
+use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use flannel_common::{
     counter::Counter,
     header::{Datagram, ETHERTYPE_IPV4, Ethernet, Ipv4, Outer, hop, outer},
-    peer::Peer,
     tunnel::Settings,
 };
 
 use crate::{
-    maps::{count, count_dropped, count_sent, peer, settings},
+    maps::{Sent, count, count_dropped, peer, settings},
     packet::{NoRoom, Skb},
 };
 
@@ -43,10 +39,12 @@ pub(crate) fn send_with<const MANNER: bool>(mut skb: Skb) -> i32 {
         count(Counter::NoPeer, traffic);
         return TC_ACT_OK;
     };
-    match encapsulate::<MANNER>(&mut skb, settings, &inner, &peer) {
+    // The agent gives no index that can't be.
+    let Some(sent) = Sent::to(peer.index) else { return TC_ACT_OK };
+    match encapsulate::<MANNER>(&mut skb, settings, &inner, (peer.node, sent.next_id())) {
         Ok(()) => {
             count(Counter::Encapsulated, traffic);
-            count_sent(peer.index, traffic);
+            sent.count(traffic);
             skb.send_from(peer.ifindex)
         }
         Err(reason) => {
@@ -56,24 +54,17 @@ pub(crate) fn send_with<const MANNER: bool>(mut skb: Skb) -> i32 {
     }
 }
 
-/// Everything that changes bytes. An error is the reason to drop the packet.
+/// Everything that changes bytes, towards a node and under an identification. An error is the reason to drop the packet.
 #[inline(always)]
 fn encapsulate<const MANNER: bool>(
     skb: &mut Skb,
     settings: &Settings,
     inner: &Ipv4,
-    peer: &Peer,
+    (node, id): (u32, u16),
 ) -> Result<(), Counter> {
     let rewrite = hop(inner, 0)?;
     // Length and hash must be those of the inner packet: both change with the outer header in front.
-    let datagram = Datagram {
-        node: peer.node,
-        length: skb.len(),
-        tos: inner.tos,
-        // SAFETY: the helper has no preconditions.
-        id: unsafe { bpf_get_prandom_u32() } as u16,
-        hash: skb.flow_hash(),
-    };
+    let datagram = Datagram { node, length: skb.len(), tos: inner.tos, id, hash: skb.flow_hash() };
     rewrite.apply(skb.write::<Ipv4>(0).ok_or(Counter::EncapFailed)?);
     match MANNER {
         REPEATABLE => skb.grow_plainly().map_err(|_| Counter::EncapFailed)?,

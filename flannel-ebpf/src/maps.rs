@@ -3,7 +3,7 @@
 use core::cell::UnsafeCell;
 
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST},
     btf_maps::{Array, DevMapHash, HashMap, PerCpuArray, PerCpuHashMap},
     helpers::{bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::btf_map,
@@ -11,9 +11,9 @@ use aya_ebpf::{
 use flannel_common::{
     counter::{Count, Counter, MAX_COUNTERS},
     header::NO_PEER,
-    peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, place},
+    peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, SUBNETS_AND_ORDER, place},
     pod::{MAX_PODS, PodKey, PortIndex},
-    tunnel::{COARSE_CLOCK, Settings},
+    tunnel::{COARSE_CLOCK, SUBNETS_IN_ORDER, Settings},
 };
 
 /// Read-only to the programs and frozen by the loader, so the verifier knows every value and drops the branches it
@@ -34,6 +34,7 @@ static SETTINGS: Constants = Constants(UnsafeCell::new(Settings {
     gro_pair: 0,
     port: 0,
     flags: 0,
+    host_bits: 0,
 }));
 
 #[repr(transparent)]
@@ -45,6 +46,11 @@ unsafe impl Sync for Constants {}
 /// Subnet → node; preallocated. The agent writes it.
 #[btf_map]
 static PEERS: HashMap<PeerKey, Peer, { MAX_PEERS as usize }> = HashMap::new();
+
+/// The same peers in the order of their subnets, where the network has few enough of them: an array is read without a call
+/// ([`Settings::place_of`]). `node` is 0 where there is no peer. The agent writes both.
+#[btf_map]
+static SUBNETS: Array<Peer, { SUBNETS_AND_ORDER as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// [`Counter`] → how often.
 #[btf_map]
@@ -83,6 +89,11 @@ pub(crate) fn settings() -> &'static Settings {
 
 #[inline(always)]
 pub(crate) fn peer(key: PeerKey) -> Option<Peer> {
+    let settings = settings();
+    if settings.flags & SUBNETS_IN_ORDER != 0 {
+        // A peer that is being moved may for this one packet be looked up half moved.
+        return SUBNETS.get(settings.place_of(key)).copied().filter(|peer| peer.node != 0);
+    }
     // SAFETY: the value is copied before anything else runs. The agent may replace it meanwhile; a reader then sees
     // the old or the new node, for this one packet.
     unsafe { PEERS.get(key) }.copied()
@@ -113,11 +124,30 @@ pub(crate) fn count(counter: Counter, traffic: Traffic) {
     }
 }
 
-#[inline(always)]
-pub(crate) fn count_sent(index: u32, traffic: Traffic) {
-    if let Some(slot) = peer_slot(index) {
+/// What this CPU has sent to a peer.
+pub(crate) struct Sent(*mut PeerCount);
+
+impl Sent {
+    /// `None` for an index that can't be.
+    #[inline(always)]
+    pub(crate) fn to(index: u32) -> Option<Self> {
+        peer_slot(index).map(Self)
+    }
+
+    /// Identification of the next datagram: how many packets went before it, so that fragments of two that are under way at
+    /// once are told apart (RFC 791, 2.3). CPUs begin far from each other.
+    #[inline(always)]
+    pub(crate) fn next_id(&self) -> u16 {
+        // SAFETY: as in `peer_slot`.
+        let start = (unsafe { bpf_get_smp_processor_id() } as u16).wrapping_mul(0x9E37);
         // SAFETY: as in `count`.
-        let slot = unsafe { &mut *slot };
+        start.wrapping_add(unsafe { (*self.0).tx_packets } as u16)
+    }
+
+    #[inline(always)]
+    pub(crate) fn count(self, traffic: Traffic) {
+        // SAFETY: as in `count`.
+        let slot = unsafe { &mut *self.0 };
         slot.tx_packets += u64::from(traffic.packets);
         slot.tx_bytes += u64::from(traffic.bytes);
     }

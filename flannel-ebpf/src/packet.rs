@@ -124,11 +124,13 @@ impl Skb {
         Traffic { packets: if segments == 0 { 1 } else { segments }, bytes }
     }
 
-    /// Hash of the flow, the same for all its packets.
+    /// Hash of the flow, the same for all its packets: the socket's or the card's, if one of them has made one.
     #[inline(always)]
     pub(crate) fn flow_hash(&mut self) -> u32 {
+        // SAFETY: as in `len`.
+        let known = unsafe { (*self.raw).hash };
         // SAFETY: the helper has no preconditions.
-        unsafe { bpf_get_hash_recalc(self.raw) }
+        if known != 0 { known } else { unsafe { bpf_get_hash_recalc(self.raw) } }
     }
 
     /// Makes room for an outer header and tells the kernel that it is one, so that GSO packets can be split behind it.
@@ -294,11 +296,29 @@ impl Frame {
         true
     }
 
-    /// Cuts `bytes` off the frame's front; the metadata stays in front of it.
+    /// Whether another program has put something in front of the frame.
+    #[inline(always)]
+    pub(crate) fn has_metadata(&self) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        within::<u8>(unsafe { (*self.raw).data_meta } as usize, self.start()).is_some()
+    }
+
+    /// Cuts `bytes` off the frame's front; metadata that is there already stays in front of it.
     #[inline(always)]
     pub(crate) fn cut(&mut self, bytes: u32) -> bool {
+        self.move_start(bytes as i32)
+    }
+
+    /// Takes `bytes` that were cut off back, as they were.
+    #[inline(always)]
+    pub(crate) fn uncut(&mut self, bytes: u32) -> bool {
+        self.move_start(-(bytes as i32))
+    }
+
+    #[inline(always)]
+    fn move_start(&mut self, by: i32) -> bool {
         // SAFETY: the helper checks everything itself; borrows end at `&mut self`.
-        unsafe { bpf_xdp_adjust_head(self.raw, bytes as i32) == 0 }
+        unsafe { bpf_xdp_adjust_head(self.raw, by) == 0 }
     }
 
     #[inline(always)]

@@ -16,8 +16,8 @@ use aya::{
 use flannel_agent::host::udp::object::OBJECT;
 use flannel_common::{
     counter::{Count, Counter},
-    peer::{MAX_PEERS, Peer, PeerCount, PeerDrop, place},
-    tunnel::Settings,
+    peer::{MAX_PEERS, MAX_SUBNETS, Peer, PeerCount, PeerDrop, place},
+    tunnel::{SUBNETS_IN_ORDER, Settings},
 };
 
 use crate::kernel::XDP_FRAGS;
@@ -78,6 +78,7 @@ pub enum Context {
 /// A loaded object.
 pub struct Programs {
     ebpf: Ebpf,
+    settings: Settings,
 }
 
 impl Programs {
@@ -113,7 +114,9 @@ impl Programs {
             }
             .map_err(|e| anyhow::anyhow!("{name}: {e:#}"))?;
         }
-        Ok(Self { ebpf })
+        let map = ebpf.map_mut("SUBNETS").context("no map SUBNETS")?;
+        Array::<&mut MapData, Peer>::try_from(map)?.set(MAX_SUBNETS, settings.order(), 0)?;
+        Ok(Self { ebpf, settings: *settings })
     }
 
     /// Tells the programs that `peer` leases the subnet that starts at `subnet`.
@@ -121,9 +124,15 @@ impl Programs {
     /// # Errors
     /// The kernel's.
     pub fn add_peer(&mut self, subnet: Ipv4Addr, peer: Peer) -> Result<()> {
+        let key = u32::from_ne_bytes(subnet.octets());
+        if self.settings.flags & SUBNETS_IN_ORDER != 0 {
+            let map = self.ebpf.map_mut("SUBNETS").context("no map SUBNETS")?;
+            let mut subnets: Array<&mut MapData, Peer> = Array::try_from(map)?;
+            return Ok(subnets.set(self.settings.place_of(key), peer, 0)?);
+        }
         let map = self.ebpf.map_mut("PEERS").context("no map PEERS")?;
         let mut peers: HashMap<&mut MapData, u32, Peer> = HashMap::try_from(map)?;
-        Ok(peers.insert(u32::from_ne_bytes(subnet.octets()), peer, 0)?)
+        Ok(peers.insert(key, peer, 0)?)
     }
 
     /// Makes an interface known to the programs, as the agent does with pods' ports and the door.

@@ -189,6 +189,14 @@ pub struct Received {
     pub packet: Tunnelled,
 }
 
+/// An inner packet behind the Ethernet header it came with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Delivered {
+    pub ethernet: Ethernet,
+    pub inner: Ipv4,
+}
+
 const _: () = assert!(size_of::<Ethernet>() == ETHERNET && align_of::<Ethernet>() == 1);
 const _: () = assert!(size_of::<Ipv4>() == 20 && align_of::<Ipv4>() == 1);
 const _: () = assert!(size_of::<Outer>() == crate::OVERHEAD as usize && align_of::<Outer>() == 1);

@@ -30,6 +30,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             range,
         ),
         scenario("a_peers_impossible_lease_is_refused_and_the_rest_work", Lab::new("claims"), claims),
+        scenario(
+            "peers_of_a_network_with_more_subnets_than_places_are_reached",
+            Lab::new("vast").config(r#"{"Network":"100.64.0.0/10","SubnetLen":28}"#),
+            vast,
+        ),
         scenario("a_public_ip_that_was_given_is_published", Lab::new("public-ip").hosts(1), public_ip),
     ]
 }
@@ -115,6 +120,17 @@ fn claims(lab: &mut Lab) -> Result<()> {
     }
     lab.host(0).agent()?.wait_status("no refused lease", |status| status.refused.is_empty())?;
     lab.ping_all_pairs(3)
+}
+
+/// 262,144 subnets, of which the programs look peers up by hash.
+fn vast(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["xdp", "tc"])?;
+    lab.ping_all_pairs(10)?;
+    for host in lab.hosts() {
+        let status = host.status()?;
+        ensure!(status.counted("encapsulated") >= 20, "user space carried them: {}", status.reasons());
+    }
+    Ok(())
 }
 
 fn public_ip(lab: &mut Lab) -> Result<()> {

@@ -6,7 +6,7 @@
 //! program that does nothing.
 
 use anyhow::{Result, ensure};
-use flannel_common::tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings};
+use flannel_common::tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE as OBSERVE, Settings};
 use flannel_tests::programs::{
     Context, Programs,
     verdict::{TC_OK, XDP_PASS},
@@ -14,21 +14,21 @@ use flannel_tests::programs::{
 use libtest_mimic::{Failed, Measurement, Trial};
 
 use crate::packets::{
-    Ip, NODE, OVERHEAD, OWN, POD, REMOTE_POD, TCP, datagram, ethernet, frame, peer, peer_subnet, settings,
-    transport,
+    Ip, NODE, OVERHEAD, OWN, POD, REMOTE_POD, TCP, datagram, ethernet, frame, hashed, peer, peer_subnet,
+    settings, transport,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         bench("cost::tc_both_ways", || warm("cost_tc", 0, &outgoing())),
-        bench("cost::tc_both_ways_observed", || warm("cost_tc", SOURCE_CHECK_OBSERVE, &outgoing())),
+        bench("cost::tc_both_ways_observed", || warm("cost_tc", OBSERVE, &outgoing())),
+        bench("cost::tc_both_ways_hashed", || warm_under(&hashed(0), "cost_tc", &outgoing())),
         bench("cost::tc_both_ways_helpers_alone", || warm("cost_tc_helpers", 0, &outgoing())),
         bench("cost::tc_both_ways_room_alone", || warm("cost_tc_room", 0, &outgoing())),
         bench("cost::tc_both_ways_nothing", || warm("cost_tc_nothing", 0, &outgoing())),
         bench("cost::xdp_and_back", || warm("cost_xdp", 0, &frame(&Ip::default()))),
-        bench("cost::xdp_and_back_observed", || {
-            warm("cost_xdp", SOURCE_CHECK_OBSERVE, &frame(&Ip::default()))
-        }),
+        bench("cost::xdp_and_back_observed", || warm("cost_xdp", OBSERVE, &frame(&Ip::default()))),
+        bench("cost::xdp_and_back_hashed", || warm_under(&hashed(0), "cost_xdp", &frame(&Ip::default()))),
         bench("cost::xdp_and_back_helpers_alone", || warm("cost_xdp_helpers", 0, &frame(&Ip::default()))),
         bench("cost::xdp_and_back_room_alone", || warm("cost_xdp_room", 0, &frame(&Ip::default()))),
         bench("cost::xdp_and_back_nothing", || warm("cost_xdp_nothing", 0, &frame(&Ip::default()))),
@@ -44,9 +44,9 @@ pub(crate) fn trials() -> Vec<Trial> {
             once("flannel_decap_xdp", "flannel_pass", SOURCE_CHECK_ENFORCE, &frame(&Ip::default()))
         }),
         bench("cost::tc_decap_repeated", || nested("flannel_ingress", 0)),
-        bench("cost::tc_decap_repeated_observed", || nested("flannel_ingress", SOURCE_CHECK_OBSERVE)),
+        bench("cost::tc_decap_repeated_observed", || nested("flannel_ingress", OBSERVE)),
         bench("cost::xdp_decap_repeated", || nested("flannel_decap_xdp", 0)),
-        bench("cost::xdp_decap_repeated_observed", || nested("flannel_decap_xdp", SOURCE_CHECK_OBSERVE)),
+        bench("cost::xdp_decap_repeated_observed", || nested("flannel_decap_xdp", OBSERVE)),
         bench("cost::tc_egress_no_peer", || repeated("flannel_encap", &outgoing_to(POD))),
         bench("cost::tc_ingress_not_ours", || repeated("flannel_ingress", &foreign())),
         bench("cost::xdp_not_ours", || repeated("flannel_decap_xdp", &foreign())),
@@ -82,7 +82,7 @@ fn foreign() -> Vec<u8> {
 
 fn load(flags: u16) -> Result<Programs> {
     // Every address lies in the network, so that the nested tunnels do too.
-    let mut programs = Programs::load(&Settings { network: 0, network_mask: 0, ..settings(flags) })?;
+    let mut programs = Programs::load(&Settings { network: 0, network_mask: 0, ..hashed(flags) })?;
     for subnet in [[10, 244, 2, 0], [172, 31, 0, 0]] {
         programs.add_peer(subnet.into(), peer(2))?;
     }
@@ -91,8 +91,11 @@ fn load(flags: u16) -> Result<Programs> {
 
 /// What leaves the packet as it found it, many times: no cold caches, as under load.
 fn warm(program: &str, flags: u16, packet: &[u8]) -> Result<Vec<u64>> {
-    let mut programs =
-        Programs::load_measuring(&Settings { network: 0, network_mask: 0, ..settings(flags) })?;
+    warm_under(&settings(flags), program, packet)
+}
+
+fn warm_under(settings: &Settings, program: &str, packet: &[u8]) -> Result<Vec<u64>> {
+    let mut programs = Programs::load_measuring(settings)?;
     programs.add_peer(peer_subnet(), peer(2))?;
     // Twice: what one run leaves changed stops the next.
     for _ in 0..2 {

@@ -2,7 +2,10 @@
 
 use std::net::Ipv4Addr;
 
-use flannel_common::{peer::Peer, tunnel::Settings};
+use flannel_common::{
+    peer::Peer,
+    tunnel::{SUBNETS_IN_ORDER, Settings},
+};
 
 pub(crate) const OWN: [u8; 4] = [172, 31, 0, 1];
 pub(crate) const NODE: [u8; 4] = [172, 31, 0, 2];
@@ -28,6 +31,11 @@ pub(crate) fn peer(ifindex: u32) -> Peer {
 }
 
 pub(crate) fn settings(flags: u16) -> Settings {
+    Settings { flags: flags | SUBNETS_IN_ORDER, ..hashed(flags) }
+}
+
+/// The same for a network with more subnets than there are places.
+pub(crate) fn hashed(flags: u16) -> Settings {
     Settings {
         local: u32::from_ne_bytes(OWN),
         network: u32::from_ne_bytes([10, 244, 0, 0]),
@@ -39,6 +47,7 @@ pub(crate) fn settings(flags: u16) -> Settings {
         gro_pair: 0,
         port: PORT.to_be(),
         flags,
+        host_bits: 8,
     }
 }
 

@@ -14,7 +14,7 @@ use flannel_common::{
     tunnel::{FIXED_SOURCE_PORT, OUTER_DF, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE},
 };
 use flannel_tests::{
-    kernel::{TCX, XDP_TEST_METADATA},
+    kernel::{Needs, TCX, XDP_TEST_METADATA},
     programs::{Context, Programs, verdict},
 };
 use libtest_mimic::Trial;
@@ -46,6 +46,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("wire::tc_delivers_as_received_on_the_device", || in_namespace(tc_delivers)),
         trial("wire::all_tcp_and_only_tcp_takes_the_pair", || in_namespace(pair)),
         trial("wire::xdp_marks_arrive_in_tc", || in_namespace(xdp_delivers)),
+        trial("wire::a_driver_without_metadata_leaves_the_frame_whole_to_tc", || in_namespace(no_metadata)),
         trial("wire::probe_marks_arrive_and_tc_decapsulates", || in_namespace(probe)),
         trial("wire::a_mark_on_a_packet_of_another_network_is_not_believed", || in_namespace(foreign_mark)),
         trial("wire::a_vlan_is_not_the_underlay", || in_namespace(vlan)),
@@ -380,6 +381,25 @@ fn xdp_delivers() -> Result<()> {
     ensure!(wire.counted()? == want, "{:?}", wire.counted()?);
     let seen = wire.programs.counted()?.get(&Counter::MarkSeen).map(|count| count.bytes);
     ensure!(seen == Some(80), "{seen:?} bytes marked");
+    Ok(())
+}
+
+/// A TAP device has native XDP, but metadata only since Linux 6.15.
+fn no_metadata() -> Result<()> {
+    let mut wire = Wire::new(|_| {})?;
+    let mut tap = Tun::open_tap("tap0")?;
+    ip("link set tap0 up")?;
+    wire.attach("flannel_ingress", "tap0", TcAttachType::Ingress)?;
+    attach_xdp(&mut wire.programs, "tap0")?;
+    let inner = Ip::default();
+    tap.write(&incoming(&inner))?;
+    ensure!(delivered(&mut wire)? == lowered(&inner), "delivered otherwise");
+    let want = match (Needs { major: 6, minor: 15, what: "metadata on TAP" }).met() {
+        true => [(Counter::DecapXdp, 1), (Counter::MarkSeen, 1)],
+        false => [(Counter::DecapTc, 1), (Counter::NoMetadata, 1)],
+    };
+    let counted = wire.counted()?;
+    ensure!(counted.len() == 2 && want.iter().all(|count| counted.contains(count)), "{counted:?}");
     Ok(())
 }
 

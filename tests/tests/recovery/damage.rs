@@ -12,7 +12,7 @@ use aya::maps::{Map, MapData};
 use flannel_agent::host::udp::programs::inspect;
 use flannel_common::{
     LAYOUT_VERSION,
-    peer::{Peer, PeerKey},
+    peer::{MAX_SUBNETS, Peer, PeerKey},
 };
 use flannel_tests::{
     probe::ping::Ping,
@@ -173,8 +173,50 @@ fn entries(host: &Host) -> Result<Vec<(PeerKey, Peer)>> {
     Ok(peer_map(host)?.iter().collect::<Result<_, _>>()?)
 }
 
+type Subnets = aya::maps::Array<MapData, Peer>;
+
+fn subnets(host: &Host) -> Result<Subnets> {
+    Ok(Map::from_map_data(MapData::from_pin(pins(host)?.join("subnets"))?)?.try_into()?)
+}
+
+/// Places of peers.
+fn places(host: &Host) -> Result<Vec<(u32, Peer)>> {
+    let subnets = subnets(host)?;
+    let all = (0..MAX_SUBNETS).map(|place| Ok((place, subnets.get(&place, 0)?)));
+    all.filter(|entry| entry.as_ref().map_or(true, |(_, peer): &(u32, Peer)| peer.node != 0)).collect()
+}
+
+fn is_only_place_right(host: &Host) -> Result<bool> {
+    let node = u32::from_ne_bytes([10, 99, 0, 11]);
+    Ok(matches!(places(host)?.as_slice(), [(_, peer)] if peer.node == node))
+}
+
 /// Of both tiers.
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 8] = [
+    Part {
+        what: "a peer's place emptied",
+        damage: |host| {
+            let (place, peer) = *places(host)?.first().context("no place")?;
+            Ok(subnets(host)?.set(place, Peer { node: 0, ..peer }, 0)?)
+        },
+        undone: is_only_place_right,
+    },
+    Part {
+        what: "a peer's place pointed elsewhere",
+        damage: |host| {
+            let (place, peer) = *places(host)?.first().context("no place")?;
+            Ok(subnets(host)?.set(place, Peer { node: u32::from_ne_bytes([10, 99, 0, 99]), ..peer }, 0)?)
+        },
+        undone: is_only_place_right,
+    },
+    Part {
+        what: "an empty place filled",
+        damage: |host| {
+            let (place, peer) = *places(host)?.first().context("no place")?;
+            Ok(subnets(host)?.set((place + 1) % 256, peer, 0)?)
+        },
+        undone: is_only_place_right,
+    },
     Part {
         what: "a peer's entry deleted from the map",
         damage: |host| {
@@ -225,7 +267,7 @@ const PARTS: [Part; 5] = [
         },
         undone: |host| {
             let folder = pins(host)?;
-            let names = ["peers", "counters", "peer_counters", "link_encap", "link_ingress"];
+            let names = ["peers", "subnets", "counters", "peer_counters", "link_encap", "link_ingress"];
             Ok(names.iter().all(|name| folder.join(name).exists()))
         },
     },

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         ("links_of_another_layout_version_are_taken_over", takeover::other_version),
         ("another_layout_version_and_back_lose_nothing", takeover::other_layout),
         ("other_settings_replace_the_programs_in_place", takeover::settings),
+        ("another_network_gets_places_in_its_own_order", takeover::other_network),
         ("another_underlay_is_moved_to_and_the_old_one_left_clean", tiers::another_underlay),
         ("a_folder_that_is_no_bpffs_becomes_one", takeover::mounts_bpffs),
         ("a_link_lost_a_moment_ago_is_not_taken_for_a_foreign_one", damage::at_once),

@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::HashMap;
+use aya::maps::{HashMap, MapData};
 use flannel_agent::domain::host_state::{Datapath, HostItem, SourceCheck, SourcePort};
 use flannel_agent::host::udp::programs::{ensure_bpffs, inspect};
 use flannel_agent::host::udp::{PeerReport, TunnelReport};
@@ -210,6 +210,28 @@ pub(crate) fn settings() -> Result<()> {
     }
     flood.end_complete(&rig)?;
     ensure!(rig.b.tier()? == "xdp");
+    Ok(())
+}
+
+/// The places of peers mean other subnets then: programs that still run must not find them in theirs.
+pub(crate) fn other_network() -> Result<()> {
+    for datapath in [Datapath::Ebpf, Datapath::Tc] {
+        let rig = Rig::new()?;
+        rig.up(datapath)?;
+        rig.talks()?;
+        let map =
+            |rig: &Rig| Ok::<_, anyhow::Error>(MapData::from_pin(rig.b.pins().join("subnets"))?.info()?.id());
+        let before = map(&rig)?;
+        let flood = rig.flood()?;
+        for node in [&rig.a, &rig.b] {
+            let mut tunnel = node.tunnel(datapath);
+            tunnel.network = "10.240.0.0/12".parse()?;
+            node.put(tunnel)?;
+        }
+        flood.end_complete(&rig)?;
+        ensure!(map(&rig)? != before, "the map is still the one of the former network");
+        ensure!(rig.b.count("source_refused")? == 0 && rig.a.count("no_peer")? == 0, "{:?}", rig.b.report()?);
+    }
     Ok(())
 }
 

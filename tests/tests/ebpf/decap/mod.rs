@@ -32,6 +32,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("decap::xdp_leaves_to_tc_what_tc_would_not_believe", senders::outside_the_network),
         trial("decap::tcp_is_dressed_for_the_room_while_its_door_is_there", company::dressed_rows),
         trial("decap::a_gso_packet_counts_its_segments", company::gso_rows),
+        trial("decap::a_peer_is_found_by_its_place_in_the_network_as_by_its_hash", senders::places),
         trial("decap::packets_of_a_peer_are_counted_for_it", senders::peer_counts),
         trial("decap::dropped_packets_count_for_the_peer_they_claim_to_come_from", senders::peer_drops),
         trial("decap::random_datagrams_come_out_whole", datagrams::random_rows),

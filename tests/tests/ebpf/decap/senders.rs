@@ -5,16 +5,18 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use flannel_common::{
     counter::Counter,
-    tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE},
+    tunnel::{SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, SUBNETS_IN_ORDER, Settings},
 };
-use flannel_tests::programs::{Context, verdict, xdp_builds};
+use flannel_tests::programs::{Context, Programs, verdict, xdp_builds};
 use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_gettime},
 };
 
 use super::{Fate, Row, check, expect, load, tc};
-use crate::packets::{Ip, NODE, OWN, PEER, POD, REMOTE_POD, STRANGER, datagram, delivered, ethernet, frame};
+use crate::packets::{
+    Ip, NODE, OWN, PEER, POD, REMOTE_POD, STRANGER, datagram, delivered, ethernet, frame, hashed, peer,
+};
 
 pub(super) fn source_rows() -> Result<()> {
     const RIGHT: Option<(Counter, Counter)> = None;
@@ -123,5 +125,39 @@ pub(super) fn peer_drops() -> Result<()> {
     let drops = programs.peer_drops(PEER)?;
     let wanted = [Counter::TtlExpired, Counter::SourceRefused, Counter::DestinationRefused].map(|c| (c, 2));
     ensure!(drops == BTreeMap::from(wanted), "{drops:?}");
+    Ok(())
+}
+
+/// A network that fills all places: the first and the last subnet of a /8, and those next to it.
+pub(super) fn places() -> Result<()> {
+    for in_order in [SUBNETS_IN_ORDER, 0] {
+        let mut programs = Programs::load(&Settings {
+            network: u32::from_ne_bytes([10, 0, 0, 0]),
+            network_mask: u32::from_ne_bytes([255, 0, 0, 0]),
+            ..hashed(SOURCE_CHECK_ENFORCE | in_order)
+        })?;
+        for subnet in [[10, 0, 0, 0], [10, 255, 255, 0]] {
+            programs.add_peer(subnet.into(), peer(2))?;
+        }
+        let rows: Vec<Row> = [
+            ("the first address of the first subnet", [10, 0, 0, 0], true),
+            ("the last address of the last subnet", [10, 255, 255, 255], true),
+            ("a subnet nobody leases", [10, 0, 1, 0], false),
+            ("in front of the network", [9, 255, 255, 255], false),
+            ("behind it, where the map's order stands", [11, 0, 0, 0], false),
+            ("far behind it", [223, 255, 255, 255], false),
+        ]
+        .into_iter()
+        .map(|(what, source, is_right)| {
+            let inner = Ip { source, ..Ip::default() };
+            let fate = match is_right {
+                true => Fate::Delivered(delivered(&inner)),
+                false => Fate::Dropped(Counter::SourceRefused),
+            };
+            Row { what, frame: frame(&inner), fate }
+        })
+        .collect();
+        check(&mut programs, &rows).with_context(|| format!("flags {in_order}"))?;
+    }
     Ok(())
 }

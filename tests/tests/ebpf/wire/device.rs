@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, Read as _},
+    io::{self, Read as _, Write as _},
     os::fd::{AsRawFd, FromRawFd as _, OwnedFd},
     os::unix::fs::OpenOptionsExt as _,
     process::Command,
@@ -35,13 +35,22 @@ pub(super) fn index(device: &str) -> Result<u32> {
     nix::net::if_::if_nametoindex(device).with_context(|| format!("interface {device}"))
 }
 
-/// A TUN device without header; the packets nobody took are read here.
+/// A TUN or TAP device without header; the packets nobody took are read here.
 pub(super) struct Tun {
     file: File,
 }
 
 impl Tun {
     pub(super) fn open(name: &str) -> Result<Self> {
+        Self::open_as(libc::IFF_TUN, name)
+    }
+
+    /// With Ethernet headers.
+    pub(super) fn open_tap(name: &str) -> Result<Self> {
+        Self::open_as(libc::IFF_TAP, name)
+    }
+
+    fn open_as(kind: libc::c_int, name: &str) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -53,11 +62,16 @@ impl Tun {
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *to = from.cast_signed();
         }
-        request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as i16;
+        request.ifr_ifru.ifru_flags = (kind | libc::IFF_NO_PI) as i16;
         // SAFETY: TUNSETIFF takes a pointer to an ifreq.
         let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         ensure!(done == 0, "TUNSETIFF {name}: {}", io::Error::last_os_error());
         Ok(Self { file })
+    }
+
+    /// Has the device receive a packet.
+    pub(super) fn write(&mut self, packet: &[u8]) -> Result<()> {
+        self.file.write_all(packet).context("write to the device")
     }
 
     /// The next packet, if one comes in time.

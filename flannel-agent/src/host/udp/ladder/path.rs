@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
+use flannel_common::peer::MAX_SUBNETS;
 use flannel_common::tunnel::{
-    COARSE_CLOCK, DRESSED, FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, Settings, XDP_PROBE,
+    COARSE_CLOCK, DRESSED, FIXED_SOURCE_PORT, SOURCE_CHECK_ENFORCE, SOURCE_CHECK_OBSERVE, SUBNETS_IN_ORDER,
+    Settings, XDP_PROBE,
 };
 use ipnet::Ipv4Net;
 
@@ -138,7 +140,7 @@ pub(super) fn settings(ground: &Ground<'_>, parts: &Parts<'_>) -> Settings {
     if parts.pair.is_some_and(|pair| pair.dressed) {
         flags |= DRESSED;
     }
-    Settings {
+    let settings = Settings {
         local: to_wire(tunnel.local),
         network: to_wire(tunnel.network.network()),
         network_mask: to_wire(tunnel.network.netmask()),
@@ -149,6 +151,11 @@ pub(super) fn settings(ground: &Ground<'_>, parts: &Parts<'_>) -> Settings {
         gro_pair: parts.pair.map_or(0, |pair| pair.sender.ifindex),
         port: tunnel.port.to_be(),
         flags,
+        host_bits: u32::from(32 - tunnel.own_subnet.prefix_len()),
+    };
+    match settings.subnets() {
+        1..=MAX_SUBNETS => Settings { flags: flags | SUBNETS_IN_ORDER, ..settings },
+        _ => settings,
     }
 }
 

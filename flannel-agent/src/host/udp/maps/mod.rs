@@ -8,7 +8,9 @@
 mod batch;
 mod cpus;
 mod foreign;
+mod indexes;
 mod open;
+mod subnets;
 mod towards;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,10 +22,15 @@ use std::path::Path;
 use aya::maps::xdp::XdpMapError;
 use aya::maps::{DevMapHash, HashMap, IterableMap as _, Map, MapData, MapError, MapInfo, MapType};
 use flannel_common::counter::{Count, Counter, MAX_COUNTERS};
-use flannel_common::peer::{MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, place};
+use flannel_common::peer::{
+    MAX_PEER_DROPS, MAX_PEERS, Peer, PeerCount, PeerDrop, PeerKey, SUBNETS_AND_ORDER, place,
+};
 use flannel_common::pod::{MAX_PODS, PodKey, PortIndex};
+use flannel_common::tunnel::Settings;
 
+use self::indexes::Indexes;
 pub use self::open::OpenMaps;
+use self::subnets::Subnets;
 pub use self::towards::Towards;
 use super::errno::Refusal;
 use super::programs::{LoadedMaps, PinFolder};
@@ -53,7 +60,7 @@ enum Entries {
 pub const PEERS_PIN: &str = "peers";
 
 /// Every map of the object that is pinned.
-pub const SHAPES: [MapShape; 6] = [
+pub const SHAPES: [MapShape; 7] = [
     MapShape {
         name: "PEERS",
         pin: PEERS_PIN,
@@ -102,6 +109,14 @@ pub const SHAPES: [MapShape; 6] = [
         value: 8,
         entries: Entries::Fixed(MAX_PODS),
     },
+    MapShape {
+        name: "SUBNETS",
+        pin: "subnets",
+        kind: MapType::Array,
+        key: 4,
+        value: size_of::<Peer>() as u32,
+        entries: Entries::Fixed(SUBNETS_AND_ORDER),
+    },
 ];
 
 impl MapShape {
@@ -149,17 +164,23 @@ impl MapShape {
 ///
 /// # Errors
 /// A pin that can't be read or removed.
-pub fn discard_strangers(pins: &PinFolder) -> Result<(), Refusal> {
+pub fn discard_strangers(pins: &PinFolder, settings: &Settings) -> Result<(), Refusal> {
+    let [.., subnets] = &SHAPES;
     for shape in &SHAPES {
         let path = pins.map(shape.pin);
         if !path.exists() {
             continue;
         }
-        let difference = match MapData::from_pin(&path).and_then(|map| map.info()) {
-            Ok(info) => shape.difference(&info),
-            // Not a map at all.
-            Err(e) => Some(Refusal::from_map("it can't be read", &e).to_string()),
-        };
+        let difference = MapData::from_pin(&path).and_then(|map| {
+            let difference = shape.difference(&map.info()?);
+            if difference.is_none() && shape.name == subnets.name {
+                return subnets::difference(map, settings);
+            }
+            Ok(difference)
+        });
+        // Not a map at all.
+        let difference =
+            difference.unwrap_or_else(|e| Some(Refusal::from_map("it can't be read", &e).to_string()));
         if let Some(difference) = difference {
             tracing::warn!("pinned map {} is not used: {difference}; making a new one", path.display());
             fs::remove_file(&path)
@@ -174,6 +195,8 @@ pub struct Maps {
     open: OpenMaps,
     pods: HashMap<MapData, PodKey, PortIndex>,
     ports: DevMapHash<MapData>,
+    /// The entries of `peers` once more.
+    subnets: Subnets,
     indexes: Indexes,
     /// Of all entries of `peers`, as they were last seen or written by us.
     digest: u64,
@@ -184,21 +207,24 @@ impl Maps {
     ///
     /// # Errors
     /// The object has other maps than this agent was built for, or the kernel refuses to read them.
-    pub fn take(mut loaded: LoadedMaps) -> Result<Self, Refusal> {
+    pub fn take(mut loaded: LoadedMaps, settings: &Settings) -> Result<Self, Refusal> {
         let [_, _, counts, drops, ..] = &SHAPES;
         let counts_are_new = loaded.is_new(counts.name) && loaded.is_new(drops.name);
         let open = OpenMaps::of(&mut loaded)?;
         let wrong = |e: MapError| Refusal::from_map("open the maps of the eBPF object", &e);
-        let [.., pods, ports] = &SHAPES;
+        let [.., pods, ports, subnets] = &SHAPES;
         let mut maps = Self {
             open,
             pods: HashMap::try_from(pods.take(&mut loaded)?).map_err(wrong)?,
             ports: DevMapHash::try_from(ports.take(&mut loaded)?).map_err(wrong)?,
+            subnets: Subnets::open(subnets.take(&mut loaded)?, settings)?,
             indexes: if counts_are_new { Indexes::of_new_maps() } else { Indexes::default() },
             digest: 0,
         };
         maps.adopt_indexes()?;
-        maps.digest = digest(&maps.open.entries()?);
+        let entries = maps.open.entries()?;
+        maps.digest = digest(&entries);
+        maps.subnets.align(&entries);
         Ok(maps)
     }
 
@@ -242,21 +268,22 @@ impl Maps {
         SHAPES.iter().find(|shape| !pins.map(shape.pin).exists()).map(|shape| shape.name)
     }
 
-    fn data(&self) -> [&MapData; 6] {
+    fn data(&self) -> [&MapData; 7] {
         let [peers, counters, peer_counters, peer_drops] = self.open.data();
-        [peers, counters, peer_counters, peer_drops, self.pods.map(), self.ports.map()]
+        [peers, counters, peer_counters, peer_drops, self.pods.map(), self.ports.map(), self.subnets.map()]
     }
 
-    /// Whether somebody else wrote to the map of peers since [`Maps::accept`]. A map that can't be read is not to blame.
+    /// Whether somebody else wrote to the maps of peers since [`Maps::accept`]. A map that can't be read is not to blame.
     #[must_use]
     pub fn is_touched(&self) -> bool {
         let mut sum = 0;
         let read = batch::each(self.open.peers.map(), |key, peer| sum ^= batch::digest(key, peer));
-        read.is_ok() && sum != self.digest
+        read.is_ok() && (sum != self.digest || self.subnets.is_touched(sum))
     }
 
     /// These entries have been compared with what is wanted: what differs from them next is news.
     pub fn accept(&mut self, entries: &BTreeMap<Ipv4Addr, Peer>) {
+        self.subnets.align(entries);
         let seen = digest(entries);
         if seen != self.digest {
             self.digest = seen;
@@ -285,15 +312,15 @@ impl Maps {
             None => self.fresh_index(doing)?,
         };
         let peer = Peer { node: to_wire(to.node), ifindex: to.ifindex, index };
-        if existing == Some(peer) {
-            return Ok(());
+        if existing != Some(peer) {
+            self.open.peers.insert(key, peer, 0).map_err(|e| {
+                if existing.is_none() {
+                    self.indexes.free(index);
+                }
+                Refusal::from_map(doing(), &e)
+            })?;
         }
-        self.open.peers.insert(key, peer, 0).map_err(|e| {
-            if existing.is_none() {
-                self.indexes.free(index);
-            }
-            Refusal::from_map(doing(), &e)
-        })?;
+        self.subnets.set(key, Some(&peer));
         self.digest ^= existing.map_or(0, |peer| batch::digest(key, &peer)) ^ batch::digest(key, &peer);
         Ok(())
     }
@@ -341,6 +368,7 @@ impl Maps {
     }
 
     fn delete(&mut self, key: PeerKey) -> Result<(), MapError> {
+        self.subnets.set(key, None);
         ignore_missing(self.open.peers.remove(&key))
     }
 
@@ -438,100 +466,9 @@ pub(super) fn from_wire(address: u32) -> Ipv4Addr {
     Ipv4Addr::from(address.to_ne_bytes())
 }
 
-/// Places in `PEER_COUNTERS`.
-#[derive(Debug)]
-struct Indexes {
-    taken: BTreeSet<u32>,
-    /// Every index below is taken.
-    floor: u32,
-    /// From here on none was ever taken since the maps were made, and so nothing is counted there.
-    untouched: u32,
-}
-
-impl Default for Indexes {
-    /// Of maps with a past.
-    fn default() -> Self {
-        Self { taken: BTreeSet::new(), floor: 0, untouched: MAX_PEERS }
-    }
-}
-
-impl Indexes {
-    fn of_new_maps() -> Self {
-        Self { untouched: 0, ..Self::default() }
-    }
-
-    fn may_have_counts(&self, index: u32) -> bool {
-        index < self.untouched
-    }
-
-    /// None is taken any more.
-    fn clear(&mut self) {
-        *self = Self { untouched: self.untouched, ..Self::default() };
-    }
-
-    /// False when it is taken already or does not exist.
-    fn take(&mut self, index: u32) -> bool {
-        let taken = index < MAX_PEERS && self.taken.insert(index);
-        if taken {
-            self.untouched = self.untouched.max(index + 1);
-        }
-        while self.taken.contains(&self.floor) {
-            self.floor += 1;
-        }
-        taken
-    }
-
-    fn free(&mut self, index: u32) {
-        if self.taken.remove(&index) {
-            self.floor = self.floor.min(index);
-        }
-    }
-
-    fn lowest_free(&self) -> Option<u32> {
-        Some(self.floor).filter(|floor| *floor < MAX_PEERS)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_lowest_free_index_is_given_and_a_freed_one_again() {
-        let mut indexes = Indexes::default();
-        for adopted in [0, 1, 3] {
-            assert!(indexes.take(adopted));
-        }
-        assert_eq!(indexes.lowest_free(), Some(2));
-        assert!(indexes.take(2));
-        assert_eq!(indexes.lowest_free(), Some(4));
-        indexes.free(1);
-        assert_eq!(indexes.lowest_free(), Some(1));
-    }
-
-    #[test]
-    fn only_an_index_that_was_never_taken_in_new_maps_is_sure_to_have_no_counts() {
-        let mut indexes = Indexes::of_new_maps();
-        assert!(!indexes.may_have_counts(0));
-        assert!(indexes.take(0) && indexes.take(1));
-        indexes.free(1);
-        assert!(indexes.may_have_counts(1) && !indexes.may_have_counts(2));
-        indexes.clear();
-        assert!(indexes.may_have_counts(0) && !indexes.may_have_counts(2));
-        assert!(Indexes::default().may_have_counts(MAX_PEERS - 1));
-    }
-
-    #[test]
-    fn an_index_is_taken_once_and_must_exist() {
-        let mut indexes = Indexes::default();
-        assert!(indexes.take(7));
-        assert!(!indexes.take(7));
-        assert!(!indexes.take(MAX_PEERS));
-        for index in 0..MAX_PEERS {
-            indexes.take(index);
-        }
-        assert_eq!(indexes.lowest_free(), None);
-    }
 
     #[test]
     fn addresses_stand_in_the_maps_as_in_the_packet() {

@@ -145,9 +145,9 @@ impl Programs {
             return Err(Refusal::new("load the eBPF object", object::NOT_BUILT));
         }
         lift_memory_lock_limit();
-        maps::discard_strangers(pins)?;
+        maps::discard_strangers(pins, &settings)?;
         let (loadable, loaded) = Loadable::open(&settings, pins)?;
-        let maps = Maps::take(loaded)?;
+        let maps = Maps::take(loaded, &settings)?;
         let mut programs = Self { loadable, accepted: BTreeMap::new(), settings, pins: pins.clone() };
         programs.classifier(ENCAP)?;
         programs.classifier(INGRESS)?;
