@@ -285,16 +285,23 @@ impl Namespace {
 }
 
 impl Drop for Namespace {
+    /// The number is given to a later namespace, which would find the room its own.
     fn drop(&mut self) {
+        forget_rooms(Path::new(&self.path()));
         if let Some(path) = &self.listed {
-            forget(path);
+            unmount(path);
         }
     }
 }
 
 /// Takes a name out of `/run/netns`, and the rooms of the agents that ran there.
 fn forget(name: &Path) {
-    if let Ok(namespace) = fs::metadata(name) {
+    forget_rooms(name);
+    unmount(name);
+}
+
+fn forget_rooms(namespace: &Path) {
+    if let Ok(namespace) = fs::metadata(namespace) {
         let ending = format!(".{}.room", namespace.ino());
         for entry in fs::read_dir(ROOMS).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().ends_with(&ending) {
@@ -302,7 +309,6 @@ fn forget(name: &Path) {
             }
         }
     }
-    unmount(name);
 }
 
 fn unmount(path: &Path) {

@@ -184,6 +184,13 @@ fn names() -> Result<()> {
         Namespace::forget_listed(&names[1]);
         ensure!(is_left(1) == [false; 3], "{:?}", is_left(1));
     }
+    // One without a name, too: its number is given to another.
+    let host = Namespace::new("lab-unnamed")?;
+    let number = fs::metadata(host.path())?.ino();
+    let room = format!("/run/flannel/lab{}.{number}.room", std::process::id());
+    File::create_new(&room)?;
+    drop(host);
+    ensure!(!Path::new(&room).exists(), "{room} outlived its host");
     Ok(())
 }
 

@@ -54,6 +54,12 @@ fn cleanup(host: &Host, flags: &[&str]) -> Result<Said> {
     cleanup_asking(host, &host.files().socket(), flags)
 }
 
+fn finds_nothing(host: &Host) -> Result<()> {
+    let said = cleanup(host, &[])?;
+    ensure!(said.1 == "nothing of flannel-agent's is on this host\n", "{said:?}");
+    Ok(())
+}
+
 fn cleanup_asking(host: &Host, socket: &Path, flags: &[&str]) -> Result<Said> {
     let bpffs = host.bpffs().context("no bpffs was mounted")?;
     let Output { status, stdout, stderr } = host
@@ -124,7 +130,7 @@ fn cleaned(lab: &mut Lab, options: AgentOptions) -> Result<()> {
     }
     fs::create_dir(lab.host(1).bpffs().context("no bpffs")?.join("somebody")).context("make a folder")?;
     let before = portrait(lab.host(1))?;
-    ensure!(cleanup(lab.host(1), &[])?.1 == "nothing of flannel-agent's is on this host\n");
+    finds_nothing(lab.host(1))?;
 
     for index in 0..2 {
         lab.host_mut(index).start_agent(&options)?;
@@ -159,7 +165,7 @@ fn cleaned(lab: &mut Lab, options: AgentOptions) -> Result<()> {
     let after = portrait(host)?;
     ensure!(after == before, "before:\n{before}\nafter:\n{after}\nremoved:\n{removed}");
     ensure!(fs::read(host.files().subnet_env()).context("read subnet.env")? == env);
-    ensure!(cleanup(host, &[])?.1 == "nothing of flannel-agent's is on this host\n");
+    finds_nothing(host)?;
 
     // And everything works as on a fresh host.
     lab.host_mut(1).start_agent(&options)?;
@@ -192,7 +198,7 @@ fn rooms(lab: &mut Lab) -> Result<()> {
         let (code, removed, said) = cleanup(host, &[])?;
         ensure!(code == Some(0) && removed == format!("removed {line}"), "{code:?} {removed} {said}");
         ensure!(!ours.exists() && others.iter().all(|other| other.exists()), "{listed}");
-        ensure!(cleanup(host, &[])?.1 == "nothing of flannel-agent's is on this host\n");
+        finds_nothing(host)?;
     }
     Ok(())
 }
