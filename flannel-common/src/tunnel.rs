@@ -107,3 +107,38 @@ pub const XDP_PROBE_MARK: u32 = 0xF1A7_8286;
 #[cfg(feature = "user")]
 // SAFETY: repr(C), no padding, every bit pattern is valid (bytemuck checks all three).
 unsafe impl aya::Pod for Settings {}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mask(length: u32) -> u32 {
+        (!0_u32).checked_shl(32 - length).unwrap_or(0)
+    }
+
+    proptest! {
+        /// The places of a network's subnets are 0, 1, 2 and so on; those of all other addresses lie behind them.
+        #[test]
+        fn a_subnet_s_place_is_its_number_in_the_network(
+            length in 8_u32..=24, more in 1_u32..=16, address: u32, other: u32, number: u32,
+        ) {
+            let subnet_length = (length + more).min(30);
+            let settings = Settings {
+                network: (address & mask(length)).to_be(),
+                network_mask: mask(length).to_be(),
+                subnet_mask: mask(subnet_length).to_be(),
+                host_bits: 32 - subnet_length,
+                ..Settings::default()
+            };
+            prop_assert_eq!(settings.subnets(), 1 << (subnet_length - length));
+            let place = number % settings.subnets();
+            let key = settings.key_of(place);
+            prop_assert_eq!(settings.place_of(key), place);
+            prop_assert!(settings.is_in_network(key) && settings.peer_key(key) == key);
+            let other = settings.peer_key(other.to_be());
+            prop_assert_eq!(settings.place_of(other) < settings.subnets(), settings.is_in_network(other));
+        }
+    }
+}

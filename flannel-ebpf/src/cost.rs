@@ -3,14 +3,16 @@
 //!
 //! A test run hands a program its own result again, so each of these leaves the packet as it found it. What the kernel's
 //! helpers take by themselves is measured apart: it is the limit of what any code of ours could cost.
+//!
+//! The `bare` ones carry traffic between two hosts with nothing but what the tunnel's packets ask for: no peers, no check, no
+//! TTL, no counters. What they reach under load is the limit of what any program at these hooks could.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
-#[expect(dead_code, reason = "this object has a part of the programs only")]
 mod decap;
 #[cfg(target_arch = "bpf")]
-#[expect(dead_code, reason = "as above")]
+#[expect(dead_code, reason = "this object has a part of the programs only")]
 mod encap;
 #[cfg(target_arch = "bpf")]
 #[expect(dead_code, reason = "as above")]
@@ -24,14 +26,21 @@ fn main() {}
 #[cfg(target_arch = "bpf")]
 mod programs {
     use aya_ebpf::{
-        bindings::{TC_ACT_REDIRECT, xdp_action::XDP_PASS},
+        bindings::{
+            TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC,
+            xdp_action::{XDP_DROP, XDP_PASS},
+        },
         helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta},
         macros::{classifier, xdp},
         programs::{TcContext, XdpContext},
     };
     use flannel_common::{
         OVERHEAD,
-        header::{ETHERNET, ETHERTYPE_IPV4, Ethernet, Ipv4, Outer, Received},
+        header::{
+            Datagram, ETHERNET, ETHERTYPE_IPV4, Ethernet, Ipv4, Outer, PROTOCOL_TCP, Received, Tunnelled,
+            outer,
+        },
+        tunnel::XDP_MARK,
     };
 
     use crate::{
@@ -179,6 +188,74 @@ mod programs {
             }
             None => 0,
         }
+    }
+
+    /// tc egress of the tunnel device. `network` is the other node's address: there is but one.
+    #[classifier]
+    fn bare_encap(ctx: TcContext) -> i32 {
+        let mut skb = Skb::new(&ctx);
+        let settings = settings();
+        let datagram =
+            Datagram { node: settings.network, length: skb.len(), tos: 0, id: 0, hash: skb.flow_hash() };
+        if skb.grow().is_err() {
+            return TC_ACT_SHOT;
+        }
+        match skb.write::<Outer>(0) {
+            Some(place) => *place = outer(settings, &datagram),
+            None => return TC_ACT_SHOT,
+        }
+        if skb.add_ethernet().is_err() {
+            return TC_ACT_SHOT;
+        }
+        match skb.write::<Ethernet>(0) {
+            Some(ethernet) => ethernet.ethertype = ETHERTYPE_IPV4.to_be_bytes(),
+            None => return TC_ACT_SHOT,
+        }
+        skb.send_from(settings.underlay)
+    }
+
+    /// XDP of the underlay.
+    #[xdp]
+    fn bare_xdp(ctx: XdpContext) -> u32 {
+        let mut frame = Frame::new(&ctx);
+        let Some(Received { ethernet, packet }) = frame.read::<Received>() else { return XDP_PASS };
+        if !ethernet.is_ipv4() || !packet.outer.is_ours(settings()) {
+            return XDP_PASS;
+        }
+        let ethernet = ethernet.to_words();
+        if !frame.cut(OVERHEAD) || !frame.mark(XDP_MARK) {
+            return XDP_DROP;
+        }
+        match frame.write::<Ethernet>() {
+            Some(place) => place.set_words(ethernet),
+            None => return XDP_DROP,
+        }
+        XDP_PASS
+    }
+
+    /// tc ingress of the underlay: behind [`bare_xdp`], or without it.
+    #[classifier]
+    fn bare_ingress(ctx: TcContext) -> i32 {
+        let mut skb = Skb::new(&ctx);
+        let settings = settings();
+        if skb.metadata() == Some(XDP_MARK) {
+            return skb.receive_on(settings.device);
+        }
+        let Some(packet) = skb.pull::<Tunnelled>(ETHERNET) else { return TC_ACT_UNSPEC };
+        if !packet.outer.is_ours(settings) {
+            return TC_ACT_UNSPEC;
+        }
+        let is_tcp = packet.inner.protocol == PROTOCOL_TCP;
+        if skb.shrink().is_err() {
+            return TC_ACT_SHOT;
+        }
+        if is_tcp { skb.send_through(settings.gro_pair) } else { skb.receive_on(settings.device) }
+    }
+
+    /// tc ingress of the GRO pair's receiving end.
+    #[classifier]
+    fn bare_gro(ctx: TcContext) -> i32 {
+        decap::merged(Skb::new(&ctx))
     }
 
     const _: () = assert!(ETHERNET + OVERHEAD as usize + 20 == size_of::<Received>());

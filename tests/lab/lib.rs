@@ -25,6 +25,8 @@ use std::{
 use anyhow::{Context as _, Result};
 
 pub mod agent;
+#[cfg(feature = "bare")]
+pub mod bare;
 pub mod bpf;
 pub mod datastore;
 pub mod etcd_v2;

@@ -172,7 +172,7 @@ fn build_agent(arguments: &Arguments) -> Result<PathBuf> {
 fn run_optimised() -> Result<()> {
     use std::os::unix::process::CommandExt as _;
     let mut build = cargo();
-    build.args(["build", "--release", "--package", "xtask"]);
+    build.args(["build", "--release", "--package", "xtask", "--features", "bare"]);
     cargo_step("build the bench (release)", "bench-xtask", &mut build)?;
     let me = workspace().join("target/release/xtask");
     let failed = Command::new(&me).args(std::env::args_os().skip(1)).exec();

@@ -7,6 +7,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+#[cfg(feature = "bare")]
+use flannel_tests::bare::{self, Bare, Receiver};
 use flannel_tests::{
     agent::AgentOptions,
     bpf::{self, XdpLink},
@@ -45,6 +47,9 @@ enum Way {
     Vxlan,
     /// The agent, with `--udp-datapath` so.
     Agent(&'static str),
+    /// The agent's hooks, with the least that programs can do there.
+    #[cfg(feature = "bare")]
+    Least(Receiver),
     /// One read, one send.
     Proxy,
 }
@@ -72,8 +77,15 @@ impl Variant {
             variant("udp tun", Way::Agent("tun")),
             variant(PROXY, Way::Proxy),
         ];
-        if mode == Mode::SuperPackets {
-            all.insert(4, variant("udp auto", Way::Agent("auto")));
+        match mode {
+            #[cfg(not(feature = "bare"))]
+            Mode::Wire => {}
+            #[cfg(feature = "bare")]
+            Mode::Wire => {
+                all.insert(5, variant("least xdp", Way::Least(Receiver::Xdp)));
+                all.insert(7, variant("least tc", Way::Least(Receiver::Tc)));
+            }
+            Mode::SuperPackets => all.insert(4, variant("udp auto", Way::Agent("auto"))),
         }
         all
     }
@@ -93,6 +105,8 @@ impl Variant {
             plan = plan.without_etcd();
         }
         let mut lab = plan.build()?;
+        #[cfg(feature = "bare")]
+        let mut programs = None;
         let (mut proxies, mut links, mut path) = (None, Vec::new(), String::new());
         match self.way {
             Way::Bare => {}
@@ -105,12 +119,23 @@ impl Variant {
             }
             Way::Vxlan => reference::vxlan(&mut lab)?,
             Way::Agent(tier) => path = start_agents(&mut lab, tier, agent)?,
+            #[cfg(feature = "bare")]
+            Way::Least(receiver) => programs = Some(bare::start(&mut lab, receiver)?),
             Way::Proxy => proxies = Some(Proxies::start(&mut lab)?),
         }
         let ends = self.ends(&lab)?;
         let greeting = Ping::new(&ends.client, ends.address).run()?;
         ensure!(greeting.received > 0, "no ping comes through: {greeting}\n{}", lab.logs());
-        Ok(Standing { name: self.name, path, ends, _proxies: proxies, _links: links, lab })
+        Ok(Standing {
+            name: self.name,
+            path,
+            ends,
+            _proxies: proxies,
+            _links: links,
+            #[cfg(feature = "bare")]
+            _programs: programs,
+            lab,
+        })
     }
 
     fn ends(&self, lab: &Lab) -> Result<Ends> {
@@ -181,5 +206,7 @@ pub(super) struct Standing {
     // Dropped before the lab they stand in.
     _proxies: Option<Proxies>,
     _links: Vec<XdpLink>,
+    #[cfg(feature = "bare")]
+    _programs: Option<Bare>,
     pub(super) lab: Lab,
 }
