@@ -49,8 +49,9 @@ pub use routes::{NextHop, ROUTE_PROTOCOL, RouteEntry, RouteLookup};
 /// Messages in one batch. About 270 acks fill the 208 KiB a socket gets without `SO_RCVBUFFORCE`.
 pub const BATCH: usize = 200;
 
-/// How long the kernel may take for the next message of an answer. It answers in microseconds; what takes this
-/// long was lost.
+/// How long the kernel may take for the next message of an answer. It answers in microseconds, but for a machine so busy that
+/// somebody holds the lock of all network devices for seconds (an XDP link waits for an RCU grace period under it); what takes
+/// this long is asked for again.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Receive buffer in bytes, beyond `net.core.rmem_max`: a route dump's or event storm's worth.
