@@ -9,18 +9,18 @@
 
 mod clsact;
 pub mod inspect;
+mod links;
 mod load;
 mod pins;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
-use std::path::Path;
 
-use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
+use aya::programs::links::{FdLink, LinkOrder};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::xdp::XdpLink;
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use flannel_common::tunnel::Settings;
 
 use super::errno::Refusal;
@@ -28,6 +28,7 @@ use super::maps::{self, Maps};
 use super::object;
 pub use clsact::{ALONE, handle_of};
 use inspect::LinkKind;
+use links::{Adopted, adopt, check_link, is_severed, pin_link};
 pub use load::LoadedMaps;
 use load::{Accepted, Loadable};
 pub use pins::{LinkPin, PinFolder, ensure_bpffs};
@@ -437,82 +438,6 @@ pub fn clsact_handles(name: &'static str, hook: &Hook<'_>) -> Vec<u32> {
 #[must_use]
 pub fn clsact_program(name: &'static str, hook: &Hook<'_>) -> Option<u32> {
     clsact::find(hook, name).ok().flatten()?.program
-}
-
-/// What a pin had to offer.
-enum Adopted {
-    /// This very program is already there.
-    InPlace,
-    /// A link to the right hook, with another program.
-    Update(FdLink),
-    Nothing,
-}
-
-enum AdoptError {
-    Io(io::Error),
-    Link(LinkError),
-}
-
-impl AdoptError {
-    fn into_refusal(self, doing: String) -> Refusal {
-        match self {
-            Self::Io(e) => Refusal::from_io(doing, &e),
-            Self::Link(e) => Refusal::from_link(doing, &e),
-        }
-    }
-}
-
-/// The link pinned at `pin` if it is of this kind and hangs on this interface; any other is let go.
-fn adopt(pin: &Path, kind: LinkKind, ifindex: u32, program: u32) -> Result<Adopted, AdoptError> {
-    match inspect::pinned_link(pin).map_err(AdoptError::Io)? {
-        None => Ok(Adopted::Nothing),
-        Some(link) if link.kind == kind && link.ifindex == ifindex => {
-            if link.program == program {
-                return Ok(Adopted::InPlace);
-            }
-            PinnedLink::from_pin(pin).map(|link| Adopted::Update(link.into())).map_err(AdoptError::Link)
-        }
-        Some(other) => {
-            tracing::info!("letting go of {}: {}", pin.display(), misplaced(&other, kind, ifindex));
-            pins::drop_link(pin).map_err(AdoptError::Io)?;
-            Ok(Adopted::Nothing)
-        }
-    }
-}
-
-fn check_link(pin: &Path, kind: LinkKind, ifindex: u32, program: u32) -> Result<(), String> {
-    match inspect::pinned_link(pin) {
-        Ok(Some(link)) if link.kind != kind || link.ifindex != ifindex => {
-            Err(misplaced(&link, kind, ifindex))
-        }
-        Ok(Some(link)) if link.program != program => {
-            Err(format!("program {} is attached, not {program}", link.program))
-        }
-        Ok(Some(_)) => Ok(()),
-        Ok(None) => Err(format!("the pin {} is gone", pin.display())),
-        Err(e) => Err(format!("the pin {} can't be read: {e}", pin.display())),
-    }
-}
-
-fn misplaced(link: &inspect::LinkState, kind: LinkKind, ifindex: u32) -> String {
-    if link.kind != kind {
-        format!("it is a link to {:?}, not {kind:?}", link.kind)
-    } else if link.ifindex == 0 {
-        "its interface is gone".to_owned()
-    } else {
-        format!("it is a link to interface {}, not {ifindex}", link.ifindex)
-    }
-}
-
-fn is_severed(error: &ProgramError) -> bool {
-    matches!(error, ProgramError::SyscallError(e) if e.io_error.raw_os_error() == Some(libc::ENOLINK))
-}
-
-/// From here on the file holds the link; our descriptor is closed.
-fn pin_link(link: Result<FdLink, LinkError>, pin: &Path, doing: impl Fn() -> String) -> Result<(), Refusal> {
-    let link = link.map_err(|e| Refusal::from_link(doing(), &e))?;
-    drop(link.pin(pin).map_err(|e| Refusal::from_pin(doing(), &e))?);
-    Ok(())
 }
 
 /// Before 5.11 maps count against RLIMIT_MEMLOCK, 64 KiB by default. Refused where it does not matter.
