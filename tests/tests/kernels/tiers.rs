@@ -147,14 +147,12 @@ impl Choice {
 
 /// Waits until both hosts have the tier of the choice, and that it carries.
 pub(crate) fn settle(lab: &Lab, choice: &Choice) -> Result<()> {
-    // Proving that XDP's marks arrive takes packets.
-    if choice.path == "xdp" {
-        lab.ping_all_pairs(3)?;
-    }
+    let proof = (choice.path == "xdp").then(|| Pings::start(lab)).transpose()?;
     for host in lab.hosts() {
         let wanted = format!("{} ({})", choice.path, choice.reasons.join(", "));
         host.agent()?.wait_status(&wanted, |status| choice.fits(status))?;
     }
+    drop(proof);
     lab.ping_all_pairs(1)
 }
 
@@ -233,7 +231,8 @@ fn another_layout(lab: &mut Lab, choice: &Choice) -> Result<()> {
     settle(lab, choice)
 }
 
-/// From pod to pod and back, a hundred a second: more would leave an emulated CPU no time for the agent.
+/// From pod to pod and back, a hundred a second: more would leave an emulated CPU no time for the agent. Where XDP's marks
+/// have to be proven by traffic, they are the traffic, for as long as that takes.
 struct Pings([RunningPing; 2]);
 
 impl Pings {
@@ -302,8 +301,10 @@ fn refused(lab: &mut Lab, _: &Choice) -> Result<()> {
     lab.host(1).agent()?.wait_not_ready("another XDP program is on eth0")?;
     lab.ping_all_pairs(3)?;
     drop(other);
+    let proof = Pings::start(lab)?;
     let xdp = |status: &Status| status.ready && status.path() == "xdp";
     lab.host(1).agent()?.wait_status("XDP, now that it is free", xdp)?;
+    drop(proof);
     lab.ping_all_pairs(3)
 }
 

@@ -132,7 +132,7 @@ async fn climb_with(
     let probing = wish.is_ok() && must_probe(ground, slot.as_ref());
     let leftovers = if slot.is_some() { LEFTOVERS } else { Duration::ZERO };
     let fresh = slot.is_none();
-    let path = load(ground, pins, &Parts { pair: pair.as_ref(), probing }, slot)?;
+    let path = load(ground, pins, &Parts { pair: pair.as_ref(), whole, probing }, slot)?;
     if fresh {
         path.put_peers(netlink, ground.peers).await;
     }
@@ -157,7 +157,7 @@ async fn climb_with(
         Ok(()) => {
             path.leave_bridge()?;
             if pair.take().is_some() {
-                load(ground, pins, &Parts { pair: None, probing }, slot)?.attach_all()?;
+                load(ground, pins, &Parts { pair: None, whole, probing }, slot)?.attach_all()?;
                 pins.remove_link(LinkPin::Gro)?;
                 pins.remove_link(LinkPin::Pass)?;
                 gro_pair::remove(netlink, &tunnel.device).await?;
@@ -173,7 +173,7 @@ async fn climb_with(
             let why = match bridge {
                 None => why,
                 Some(Ok(bridge)) => {
-                    let path = load(ground, pins, &Parts { pair: None, probing: false }, slot)?;
+                    let path = load(ground, pins, &Parts { pair: None, whole, probing: false }, slot)?;
                     match path.pass_by(netlink, bridge).await {
                         Ok(reason) => {
                             gro_pair::remove(netlink, &tunnel.device).await?;
@@ -189,12 +189,11 @@ async fn climb_with(
                 Ok(pair) => Ok(pair),
                 Err(e) => Err(format!("{why}; without GRO pair: {e}")),
             };
-            let path = load(ground, pins, &Parts { pair: pair.as_ref().ok(), probing: false }, slot)?;
+            let path = load(ground, pins, &Parts { pair: pair.as_ref().ok(), whole, probing: false }, slot)?;
             path.attach_tc()?;
             path.leave_xdp()?;
             path.leave_bridge()?;
             path.open_door()?;
-            path.whole = whole;
             if let Ok(pair) = &pair {
                 gro_pair::remove_all_but(netlink, &tunnel.device, pair).await?;
             }

@@ -62,6 +62,8 @@ pub(super) struct XdpPart {
 /// What the settings depend on beside the tunnel itself.
 pub(in crate::host::udp) struct Parts<'a> {
     pub(in crate::host::udp) pair: Option<&'a GroPair>,
+    /// What it was chosen by, [`KernelPath::whole`].
+    pub(in crate::host::udp) whole: bool,
     pub(in crate::host::udp) probing: bool,
 }
 
@@ -90,6 +92,7 @@ pub(super) fn load<'s>(
             path.wants_shortcut = wants_shortcut(ground);
             path.underlay = underlay;
             path.pair = pair;
+            path.whole = parts.whole;
         }
         None => {
             let (programs, mut maps) = Programs::load(settings, pins)?;
@@ -108,7 +111,7 @@ pub(super) fn load<'s>(
                 tc,
                 xdp: None,
                 pair,
-                whole: false,
+                whole: parts.whole,
                 place: Place::default(),
                 xdp_taken: false,
                 tuned: Vec::new(),
