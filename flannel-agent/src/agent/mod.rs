@@ -317,7 +317,7 @@ impl<H: Host> Agent<H> {
             let Some(applied) = &self.applied else { return };
             let wanted = self.node.backend.desired(&self.node.lease, &self.peers, &self.paths);
             let mut devices = applied.changes_to(&wanted);
-            self.retries.forget_all_but(&devices);
+            self.retries.forget_all_but(&devices, now());
             let others =
                 devices.split_off(devices.iter().take_while(|change| makes_a_device(change)).count());
             let taken_over = self.make(devices).await;
@@ -363,6 +363,13 @@ impl<H: Host> Agent<H> {
                         tracing::info!("{change}: done after all");
                     } else {
                         tracing::debug!("{change}");
+                    }
+                    if matches!(change, Change::Put(_)) && self.retries.made(key, now) {
+                        tracing::warn!(
+                            "{change}: done {} times in a row, and undone within a second each time; from now on it is \
+                             done more and more seldom",
+                            retries::PROMPT,
+                        );
                     }
                     applied.record(change);
                     tunnel |= matches!(change, Change::Put(HostItem::Tunnel(_)));

@@ -2,6 +2,9 @@
 //!
 //! Each item backs off by itself: one bad peer neither stops the others nor is hammered. A failure is said when it is
 //! new or its reason changed, not each time it happens again.
+//!
+//! The same goes for what succeeds and does not last: where somebody undoes a repair as fast as it is made, or where it
+//! does not help, the first [`PROMPT`] are made at once and the rest more and more seldom.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -13,9 +16,16 @@ use crate::domain::host_state::{Change, Key};
 const FIRST: Duration = Duration::from_millis(250);
 const LONGEST: Duration = Duration::from_secs(30);
 
+/// Repairs of one item that are made at once although none of them lasts.
+pub(super) const PROMPT: u32 = 10;
+/// What lasts longer was a good repair.
+const LASTS: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default)]
 pub(super) struct Retries {
     failed: HashMap<Key, Failure>,
+    /// What was put lately.
+    made: HashMap<Key, Made>,
     look: Option<Pause>,
     publish: Option<(String, Pause)>,
     soon: Option<Instant>,
@@ -25,6 +35,23 @@ pub(super) struct Retries {
 struct Failure {
     reason: String,
     pause: Pause,
+}
+
+/// Puts of one item of which none outlasted [`LASTS`].
+#[derive(Debug)]
+struct Made {
+    times: u32,
+    last: Instant,
+    pause: Option<Pause>,
+    /// It is missing again, and its pause is not over.
+    awaited: bool,
+}
+
+impl Made {
+    fn is_good(&self, now: Instant) -> bool {
+        let held_back = self.pause.map_or(Duration::ZERO, |pause| pause.length);
+        now.saturating_duration_since(self.last) > LASTS + held_back
+    }
 }
 
 /// A time to wait for, twice as long after each failure.
@@ -56,13 +83,38 @@ impl Retries {
         self.failed.remove(key).is_some()
     }
 
-    pub(super) fn holds_back(&self, key: &Key, now: Instant) -> bool {
-        self.failed.get(key).is_some_and(|failure| failure.pause.until > now)
+    /// An item was put; whether it is the first time that it has to wait before it is put again.
+    pub(super) fn made(&mut self, key: Key, now: Instant) -> bool {
+        let fresh = Made { times: 0, last: now, pause: None, awaited: false };
+        let before = self.made.remove(&key).filter(|made| !made.is_good(now));
+        let made = self.made.entry(key).or_insert(before.unwrap_or(fresh));
+        made.times = made.times.saturating_add(1);
+        made.last = now;
+        made.awaited = false;
+        if made.times < PROMPT {
+            return false;
+        }
+        let before = made.pause.replace(Pause::after(made.pause, now));
+        before.is_none()
+    }
+
+    pub(super) fn holds_back(&mut self, key: &Key, now: Instant) -> bool {
+        let failed = self.failed.get(key).is_some_and(|failure| failure.pause.until > now);
+        let Some(made) = self.made.get_mut(key) else { return failed };
+        made.awaited = made.pause.is_some_and(|pause| pause.until > now);
+        failed || made.awaited
     }
 
     /// What nobody wants any more need not be tried again. The rest of the due times are gone with this pass.
-    pub(super) fn forget_all_but(&mut self, changes: &[Change]) {
+    pub(super) fn forget_all_but(&mut self, changes: &[Change], now: Instant) {
         self.soon = None;
+        if !self.made.is_empty() {
+            self.made.retain(|_, made| {
+                made.awaited = false;
+                !made.is_good(now)
+            });
+            self.made.shrink_to(0);
+        }
         if !self.failed.is_empty() {
             let wanted: BTreeSet<Key> = changes.iter().map(|change| change.item().key()).collect();
             self.failed.retain(|key, _| wanted.contains(key));
@@ -74,12 +126,16 @@ impl Retries {
         for failure in self.failed.values_mut() {
             failure.pause = Pause { until: now, length: Duration::ZERO };
         }
+        self.made.clear();
     }
 
     /// Why the latest failure happened.
     pub(super) fn latest(&self) -> Option<&str> {
-        let latest = self.failed.values().max_by_key(|failure| failure.pause.until)?;
-        Some(&latest.reason)
+        let latest = self.failed.values().max_by_key(|failure| failure.pause.until);
+        let undone = || self.made.values().any(|made| made.awaited);
+        latest
+            .map(|failure| failure.reason.as_str())
+            .or_else(|| undone().then_some("what was made is undone again and again"))
     }
 
     /// The host could not be read; whether that is news.
@@ -113,6 +169,7 @@ impl Retries {
             .failed
             .values()
             .map(|failure| failure.pause.until)
+            .chain(self.made.values().filter(|made| made.awaited).filter_map(|made| Some(made.pause?.until)))
             .chain(self.look.map(|pause| pause.until))
             .chain(self.publish.as_ref().map(|(_, pause)| pause.until).filter(|until| *until > now))
             .chain(self.soon)

@@ -5,7 +5,7 @@
 //!
 //! It behaves as the kernel in the one thing callers must cope with: what hangs on a device goes when it goes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +31,7 @@ struct Inner {
     state: HostState,
     facts: HostFacts,
     refused: HashMap<Key, String>,
+    undone: HashSet<Key>,
     unobservable: Option<String>,
     calls: Calls,
     log: Vec<String>,
@@ -89,6 +90,17 @@ impl FakeHost {
     /// Ends [`FakeHost::refuse`].
     pub fn allow(&self, key: &Key) {
         self.lock().refused.remove(key);
+    }
+
+    /// From now on someone else removes the item with this key as soon as it is put.
+    pub fn undo(&self, key: &Key) {
+        self.lock().undone.insert(key.clone());
+        self.lose(key);
+    }
+
+    /// Ends [`FakeHost::undo`].
+    pub fn keep(&self, key: &Key) {
+        self.lock().undone.remove(key);
     }
 
     /// From now on `observe` fails with this reason.
@@ -176,6 +188,10 @@ impl Host for FakeHost {
                     return Err(HostError::new(change.to_string(), reason));
                 }
                 match change {
+                    Change::Put(_) if inner.undone.contains(&key) => {
+                        inner.touched = true;
+                        self.disturbed.notify_one();
+                    }
                     Change::Put(item) => inner.state.insert(item.clone()),
                     Change::Remove(_) => remove(&mut inner.state, &key),
                 }

@@ -34,6 +34,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         Lab::new("foreign-xdp"),
         foreign_xdp,
     ));
+    trials.push(scenario(
+        "a_route_that_somebody_removes_all_the_time_is_put_back_more_and_more_seldom_and_for_good_in_the_end",
+        Lab::new("duel"),
+        duel,
+    ));
     trials
 }
 
@@ -95,4 +100,27 @@ fn foreign_xdp(lab: &mut Lab) -> Result<()> {
     // Some packets more, by the new way.
     sleep(Duration::from_millis(300));
     traffic.stop_without_loss()
+}
+
+/// As two agents on one host would do for ever, as fast as the kernel tells them.
+fn duel(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["tc"; 2])?;
+    let host = lab.host(1);
+    let agent = host.agent()?;
+    let undone = || agent.readyz().is_ok_and(|(_, body)| body.contains("undone again and again"));
+    let puts = || agent.log().matches("put route 10.244.0.0/16 dev flannel0: done").count();
+    let (started, limit) = (Instant::now(), Duration::from_secs(30));
+    // Until it has waited for seconds at a time.
+    let mut held_back = None;
+    while held_back.is_none_or(|since: Instant| since.elapsed() < Duration::from_secs(5)) {
+        ensure!(started.elapsed() < limit, "it is put back as often as ever: {:?}", agent.readyz());
+        // That it is not there just now is what is wanted.
+        let _ = host.netns().ip("route del 10.244.0.0/16 dev flannel0");
+        if held_back.is_none() && undone() {
+            held_back = Some(Instant::now());
+        }
+    }
+    host.wait_output("ip route show dev flannel0", "10.244.0.0/16", limit)?;
+    ensure!(puts() == 1, "{} lines of it in the log:\n{}", puts(), agent.log());
+    lab.ping_all_pairs(3)
 }
