@@ -11,6 +11,12 @@ use crate::{
     topology::{Lab, Plan},
 };
 
+/// The data paths of the udp backend, best first.
+pub const TIERS: [&str; 3] = ["xdp", "tc", "tun"];
+
+/// Those that outlive the agent.
+pub const IN_KERNEL: [&str; 2] = ["xdp", "tc"];
+
 /// A trial named `sentence` that builds `plan` and runs `test` on it.
 pub fn scenario(
     sentence: impl Into<String>,
@@ -21,6 +27,24 @@ pub fn scenario(
         let mut lab = plan.build().map_err(|e| Failed::from(format!("{e:#}")))?;
         test(&mut lab).map_err(|e| Failed::from(format!("{e:#}\n{}", lab.logs())))
     })
+}
+
+/// For each of these tiers a trial named `<sentence>_over_<tier>`, on two hosts of which both agents have it. `name` is the
+/// lab's.
+pub fn over(
+    tiers: &[&'static str],
+    sentence: &str,
+    name: &str,
+    test: impl Fn(&mut Lab, &'static str) -> Result<()> + Copy + Send + 'static,
+) -> Vec<Trial> {
+    let trial = |tier: &'static str| {
+        let plan = Lab::new(&format!("{name}-{tier}"));
+        scenario(format!("{sentence}_over_{tier}"), plan, move |lab| {
+            lab.bring_up(&[tier; 2])?;
+            test(lab, tier)
+        })
+    };
+    tiers.iter().copied().map(trial).collect()
 }
 
 /// What a test binary's `main` returns: mounts become the process's own (call it before any thread exists), then the

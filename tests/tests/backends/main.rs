@@ -17,10 +17,10 @@ mod tiers;
 
 use std::process::ExitCode;
 
-use flannel_tests::{pods as traffic, scenario::run};
-
-/// The data paths of the udp backend, best first.
-const TIERS: [&str; 3] = ["xdp", "tc", "tun"];
+use flannel_tests::{
+    pods as traffic,
+    scenario::{TIERS, run},
+};
 
 fn main() -> ExitCode {
     let mut trials = tiers::trials();

@@ -14,7 +14,7 @@ use flannel_tests::{
         raw::send_packets,
         tcp::TcpPath,
     },
-    scenario::scenario,
+    scenario::{over, scenario},
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
@@ -28,15 +28,20 @@ const STREAM: u64 = 4 << 20;
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    trials.extend(over(&TIERS, "pods_and_hosts_reach_every_address_of_the_other_node", "paths", |lab, _| {
+        every_address(lab)
+    }));
+    trials.extend(over(&TIERS, "forward_rules_see_every_packet", "forward", |lab, _| {
+        forward_sees_everything(lab)
+    }));
+    trials.extend(over(&TIERS, "pods_of_the_underlays_mtu_are_told_the_tunnels", "larger", |lab, _| {
+        larger_pods(lab)
+    }));
+    trials.extend(over(&TIERS, "a_node_costs_two_hops_of_ttl", "ttl", |lab, _| time_to_live(lab)));
+    trials.extend(over(&TIERS, "a_destination_nobody_leases_is_not_sent_anywhere", "nobody", |lab, _| {
+        nobody(lab)
+    }));
     for tier in TIERS {
-        trials.push(scenario(
-            format!("pods_and_hosts_reach_every_address_of_the_other_node_over_{tier}"),
-            Lab::new(&format!("paths-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                every_address(lab)
-            },
-        ));
         trials.push(scenario(
             format!("strict_rp_filter_lets_the_overlay_pass_over_{tier}"),
             Lab::new(&format!("strict-{tier}")).rp_filter(1),
@@ -51,41 +56,9 @@ pub(crate) fn trials() -> Vec<Trial> {
             },
         ));
         trials.push(scenario(
-            format!("forward_rules_see_every_packet_over_{tier}"),
-            Lab::new(&format!("forward-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                forward_sees_everything(lab)
-            },
-        ));
-        trials.push(scenario(
-            format!("pods_of_the_underlays_mtu_are_told_the_tunnels_over_{tier}"),
-            Lab::new(&format!("larger-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                larger_pods(lab)
-            },
-        ));
-        trials.push(scenario(
-            format!("a_node_costs_two_hops_of_ttl_over_{tier}"),
-            Lab::new(&format!("ttl-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                time_to_live(lab)
-            },
-        ));
-        trials.push(scenario(
             format!("a_forged_sender_is_delivered_when_observed_and_dropped_when_enforced_over_{tier}"),
             Lab::new(&format!("forged-{tier}")),
             move |lab| forged(lab, tier),
-        ));
-        trials.push(scenario(
-            format!("a_destination_nobody_leases_is_not_sent_anywhere_over_{tier}"),
-            Lab::new(&format!("nobody-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                nobody(lab)
-            },
         ));
     }
     trials

@@ -12,7 +12,7 @@ use flannel_common::LAYOUT_VERSION;
 use flannel_tests::{
     agent::AgentOptions,
     probe::ping::Ping,
-    scenario::scenario,
+    scenario::{IN_KERNEL, scenario},
     topology::{Lab, NETWORK},
 };
 use libtest_mimic::Trial;
@@ -22,7 +22,7 @@ use crate::{SOON, Traffic};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for tier in ["xdp", "tc"] {
+    for tier in IN_KERNEL {
         trials.push(scenario(
             format!("traffic_flows_on_while_the_agent_is_dead_and_through_its_return_over_{tier}"),
             Lab::new(&format!("killed-{tier}")),

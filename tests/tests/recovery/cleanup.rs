@@ -13,7 +13,7 @@ use flannel_agent::host::udp::programs::inspect;
 use flannel_tests::{
     agent::AgentOptions,
     agent_binary,
-    scenario::scenario,
+    scenario::{TIERS, scenario},
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
@@ -24,7 +24,7 @@ use nix::{
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let mut trials: Vec<Trial> = ["xdp", "tc", "tun"]
+    let mut trials: Vec<Trial> = TIERS
         .into_iter()
         .map(|tier| {
             scenario(

@@ -16,7 +16,7 @@ use flannel_common::{
 };
 use flannel_tests::{
     probe::ping::Ping,
-    scenario::scenario,
+    scenario::{IN_KERNEL, TIERS, over},
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
@@ -25,50 +25,33 @@ use crate::SOON;
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for tier in ["xdp", "tc", "tun"] {
-        trials.push(scenario(
-            format!("a_damaged_device_address_or_route_is_back_within_a_second_over_{tier}"),
-            Lab::new(&format!("damage-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                devices(lab, tier)
-            },
-        ));
-        trials.push(scenario(
-            format!("an_underlay_that_went_away_and_came_back_carries_again_over_{tier}"),
-            Lab::new(&format!("underlay-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                underlay(lab, tier)
-            },
-        ));
-    }
-    for tier in ["xdp", "tc"] {
-        trials.push(scenario(
-            format!("a_detached_program_is_attached_again_within_a_second_over_{tier}"),
-            Lab::new(&format!("detached-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                links(lab, tier, Damage::Detached)
-            },
-        ));
-        trials.push(scenario(
-            format!("every_damage_to_what_carries_the_tunnel_is_undone_within_a_second_over_{tier}"),
-            Lab::new(&format!("parts-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                parts(lab, tier)
-            },
-        ));
-        trials.push(scenario(
-            format!("a_removed_pin_is_back_within_a_second_over_{tier}"),
-            Lab::new(&format!("unpinned-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                links(lab, tier, Damage::Unpinned)
-            },
-        ));
-    }
+    trials.extend(over(
+        &TIERS,
+        "a_damaged_device_address_or_route_is_back_within_a_second",
+        "damage",
+        devices,
+    ));
+    trials.extend(over(
+        &TIERS,
+        "an_underlay_that_went_away_and_came_back_carries_again",
+        "underlay",
+        underlay,
+    ));
+    trials.extend(over(
+        &IN_KERNEL,
+        "a_detached_program_is_attached_again_within_a_second",
+        "detached",
+        |lab, tier| links(lab, tier, Damage::Detached),
+    ));
+    trials.extend(over(
+        &IN_KERNEL,
+        "every_damage_to_what_carries_the_tunnel_is_undone_within_a_second",
+        "parts",
+        parts,
+    ));
+    trials.extend(over(&IN_KERNEL, "a_removed_pin_is_back_within_a_second", "unpinned", |lab, tier| {
+        links(lab, tier, Damage::Unpinned)
+    }));
     trials
 }
 

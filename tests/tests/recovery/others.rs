@@ -10,7 +10,7 @@ use flannel_agent::host::udp::programs::inspect;
 use flannel_tests::{
     agent::Status,
     bpf,
-    scenario::scenario,
+    scenario::{IN_KERNEL, over, scenario},
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
@@ -19,16 +19,12 @@ use crate::{SOON, Traffic};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for tier in ["xdp", "tc"] {
-        trials.push(scenario(
-            format!("a_classifier_in_front_of_ours_is_behind_it_within_a_second_over_{tier}"),
-            Lab::new(&format!("in-front-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                in_front(lab)
-            },
-        ));
-    }
+    trials.extend(over(
+        &IN_KERNEL,
+        "a_classifier_in_front_of_ours_is_behind_it_within_a_second",
+        "in-front",
+        |lab, _| in_front(lab),
+    ));
     trials.push(scenario(
         "a_foreign_xdp_program_and_tc_filters_are_left_working",
         Lab::new("foreign-xdp"),

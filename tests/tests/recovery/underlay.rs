@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
     agent::{AgentOptions, Status},
     probe::ping::Ping,
-    scenario::scenario,
+    scenario::{TIERS, over, scenario},
     topology::{Host, Lab},
 };
 use libtest_mimic::Trial;
@@ -18,40 +18,17 @@ use crate::{SOON, damage::reachable};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for tier in ["xdp", "tc", "tun"] {
-        trials.push(scenario(
-            format!("the_tunnel_follows_the_underlays_mtu_within_a_second_over_{tier}"),
-            Lab::new(&format!("mtu-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                mtu_changes(lab, tier)
-            },
-        ));
-        trials.push(scenario(
-            format!("a_renumbered_node_keeps_its_subnet_over_{tier}"),
-            Lab::new(&format!("renumber-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                renumbered(lab, tier)
-            },
-        ));
-        trials.push(scenario(
-            format!("an_address_that_is_gone_for_a_while_is_waited_for_over_{tier}"),
-            Lab::new(&format!("address-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                address_away(lab)
-            },
-        ));
-        trials.push(scenario(
-            format!("an_underlay_that_was_long_gone_carries_within_a_second_of_its_return_over_{tier}"),
-            Lab::new(&format!("gone-{tier}")),
-            move |lab| {
-                lab.bring_up(&[tier; 2])?;
-                long_gone(lab, tier)
-            },
-        ));
-    }
+    trials.extend(over(&TIERS, "the_tunnel_follows_the_underlays_mtu_within_a_second", "mtu", mtu_changes));
+    trials.extend(over(&TIERS, "a_renumbered_node_keeps_its_subnet", "renumber", renumbered));
+    trials.extend(over(&TIERS, "an_address_that_is_gone_for_a_while_is_waited_for", "address", |lab, _| {
+        address_away(lab)
+    }));
+    trials.extend(over(
+        &TIERS,
+        "an_underlay_that_was_long_gone_carries_within_a_second_of_its_return",
+        "gone",
+        long_gone,
+    ));
     trials.push(scenario(
         "a_changed_mtu_is_followed_at_once_also_while_other_news_is_held_back".to_owned(),
         Lab::new("mtu-at-once"),
