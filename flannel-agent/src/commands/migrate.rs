@@ -21,16 +21,32 @@ pub async fn run(command: &MigrateCommand) -> ExitCode {
 
 /// How many entries were not moved because something else is there.
 async fn perform(command: &MigrateCommand) -> Result<u32, String> {
+    if let Place::Embedded(path) = &command.from
+        && !path.exists()
+    {
+        return Err(format!("--from names {}, and there is no such file", path.display()));
+    }
     let from = place(command, &command.from, EtcdApi::Auto)?;
-    // There may be no network yet by which the keyspace could be told.
-    let to = place(command, &command.to, EtcdApi::V3)?;
     let contents = from.contents().await.map_err(|error| error.to_string())?;
+    if contents.is_empty() {
+        return Err("there is nothing to move: --from holds no network and no lease".to_owned());
+    }
+    let to = match &command.to {
+        // Looking makes no file.
+        Place::Embedded(path) if command.dry_run && !path.exists() => None,
+        // There may be no network yet by which the keyspace could be told.
+        to => Some(place(command, to, EtcdApi::V3)?),
+    };
     let (mut new, mut same, mut other) = (0_u32, 0_u32, 0_u32);
     // Configurations last: a node that asks the new store meanwhile finds no network yet, and not one without leases.
     let (configs, leases): (Vec<_>, Vec<_>) =
         contents.into_iter().partition(|content| content.key == "config" || content.key.ends_with("/config"));
     for content in leases.iter().chain(&configs) {
-        let received = if command.dry_run { to.compare(content).await } else { to.receive(content).await };
+        let received = match &to {
+            None => Ok(Received::New),
+            Some(to) if command.dry_run => to.compare(content).await,
+            Some(to) => to.receive(content).await,
+        };
         match received.map_err(|error| error.to_string())? {
             Received::New => {
                 new += 1;

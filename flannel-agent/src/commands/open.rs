@@ -60,7 +60,7 @@ pub(super) fn keyspaces(settings: &EtcdSettings) -> Result<etcd::Mirror, OpenErr
     Ok(etcd::keyspaces(&etcd_options(settings))?)
 }
 
-/// The file of a server that does not run.
+/// The file of a server that does not run, made where there is none.
 pub(super) fn embedded(path: &Path) -> Result<RegistryNetworks, OpenError> {
     Ok(Embedded::open(path)?.networks())
 }

@@ -275,6 +275,8 @@ fn main() -> ExitCode {
         server::a_client_moves_on_when_its_server_dies
         server::a_server_that_is_away_is_one_interruption_and_then_a_snapshot
         server::a_file_has_one_server_at_a_time
+        server::a_disk_that_was_full_costs_the_writes_of_that_time_only
+        server::a_damaged_file_is_named_with_what_to_do
         server::no_lease_ends_right_after_a_start
         server::a_socket_of_systemd_is_taken_over
         server::leases_move_between_a_file_and_etcd

@@ -1,5 +1,10 @@
 //! The file of the embedded store: one table of entries, one of facts about all of them.
+//!
+//! After a read or write that failed redb refuses everything (`StorageError::PreviousIo`), so the file is then left and
+//! opened anew for the next write: a disk that was full for a moment costs the writes of that moment.
 
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,6 +28,11 @@ pub enum EmbeddedError {
     InUse(PathBuf),
     #[error("can't open {path}: {reason}")]
     Open { path: PathBuf, reason: String },
+    #[error(
+        "{path} is damaged: {reason}; put a copy from before in its place, or move it away: nodes that have a lease take \
+         the same subnet again when they are started"
+    )]
+    Damaged { path: PathBuf, reason: String },
     #[error("{path} was written by another version: its layout is {found}, this version has {THIS_LAYOUT}")]
     Layout { path: PathBuf, found: u64 },
     #[error("can't read or write {path}: {reason}")]
@@ -48,7 +58,10 @@ pub(super) struct Contents {
 
 pub(super) struct File {
     path: PathBuf,
-    database: Database,
+    /// `None` after a failure, until the next write.
+    database: Option<Database>,
+    /// Entries whose last write failed: the disk may have it or not.
+    unsure: BTreeSet<String>,
 }
 
 impl File {
@@ -61,48 +74,91 @@ impl File {
         if !path.exists() {
             make(path)?;
         }
-        let database = Database::open(path).map_err(|error| unopened(path, &error))?;
-        let file = Self { path: path.into(), database };
-        let contents = file.read().map_err(|error| file.broken(&error))?;
+        let (database, contents) = open_sound(path)?;
         if contents.layout != THIS_LAYOUT {
             return Err(EmbeddedError::Layout { path: path.into(), found: contents.layout });
         }
-        Ok((file, contents))
+        Ok((Self { path: path.into(), database: Some(database), unsure: BTreeSet::new() }, contents))
     }
 
-    fn read(&self) -> Result<Contents, redb::Error> {
-        // Makes the tables of a new file.
-        let write = self.database.begin_write()?;
-        {
-            write.open_table(ENTRIES)?;
-            let mut facts = write.open_table(FACTS)?;
-            if facts.get(LAYOUT)?.is_none() {
-                facts.insert(LAYOUT, THIS_LAYOUT)?;
-            }
+    /// Writes or deletes an entry. On disk when it returns. `known` says what an entry is whose last write failed.
+    pub(super) fn put(
+        &mut self,
+        key: &str,
+        record: Option<&Record>,
+        revision: u64,
+        known: impl Fn(&str) -> Option<Record>,
+    ) -> Result<(), EmbeddedError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => open_sound(&self.path)?.0,
+        };
+        let unsure: Vec<_> = self.unsure.iter().map(|key| (key.clone(), known(key))).collect();
+        let mended = unsure.iter().map(|(key, record)| (key.as_str(), record.as_ref()));
+        let written = write(&database, mended.chain([(key, record)]), revision);
+        if let Err(error) = written {
+            self.unsure.insert(key.to_owned());
+            return Err(self.broken(&error));
         }
-        write.commit()?;
-        let read = self.database.begin_read()?;
-        let mut records = Vec::new();
-        for entry in read.open_table(ENTRIES)?.iter()? {
-            let (key, value) = entry?;
-            let (revision, end, value) = value.value();
-            let expires = (end != 0).then(|| UNIX_EPOCH + Duration::from_millis(end));
-            records.push((key.value().to_owned(), Record { value: value.to_vec(), revision, expires }));
+        self.unsure.clear();
+        self.database = Some(database);
+        Ok(())
+    }
+
+    fn broken(&self, error: &redb::Error) -> EmbeddedError {
+        EmbeddedError::Broken { path: self.path.clone(), reason: error.to_string() }
+    }
+}
+
+/// Opens a file and reads it. Where its bytes make no sense redb mostly panics, which says that the file is damaged.
+fn open_sound(path: &Path) -> Result<(Database, Contents), EmbeddedError> {
+    let opened = catch_unwind(AssertUnwindSafe(|| {
+        let database = Database::open(path).map_err(|error| unopened(path, &error))?;
+        let contents = read(&database)
+            .map_err(|error| EmbeddedError::Broken { path: path.into(), reason: error.to_string() })?;
+        Ok((database, contents))
+    }));
+    opened.unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<String>().map(String::as_str);
+        let reason = said.or_else(|| panic.downcast_ref().copied()).unwrap_or("it can't be read");
+        Err(EmbeddedError::Damaged { path: path.into(), reason: reason.to_owned() })
+    })
+}
+
+fn read(database: &Database) -> Result<Contents, redb::Error> {
+    // Makes the tables of a new file.
+    let write = database.begin_write()?;
+    {
+        write.open_table(ENTRIES)?;
+        let mut facts = write.open_table(FACTS)?;
+        if facts.get(LAYOUT)?.is_none() {
+            facts.insert(LAYOUT, THIS_LAYOUT)?;
         }
-        let facts = read.open_table(FACTS)?;
-        let fact = |name| facts.get(name).map(|fact| fact.map_or(0, |fact| fact.value()));
-        Ok(Contents { records, revision: fact(REVISION)?, layout: fact(LAYOUT)? })
     }
-
-    /// Writes or deletes an entry. On disk when it returns.
-    pub(super) fn put(&self, key: &str, record: Option<&Record>, revision: u64) -> Result<(), EmbeddedError> {
-        self.try_put(key, record, revision).map_err(|error| self.broken(&error))
+    write.commit()?;
+    let read = database.begin_read()?;
+    let mut records = Vec::new();
+    for entry in read.open_table(ENTRIES)?.iter()? {
+        let (key, value) = entry?;
+        let (revision, end, value) = value.value();
+        let expires = (end != 0).then(|| UNIX_EPOCH + Duration::from_millis(end));
+        records.push((key.value().to_owned(), Record { value: value.to_vec(), revision, expires }));
     }
+    let facts = read.open_table(FACTS)?;
+    let fact = |name| facts.get(name).map(|fact| fact.map_or(0, |fact| fact.value()));
+    Ok(Contents { records, revision: fact(REVISION)?, layout: fact(LAYOUT)? })
+}
 
-    fn try_put(&self, key: &str, record: Option<&Record>, revision: u64) -> Result<(), redb::Error> {
-        let write = self.database.begin_write()?;
-        {
-            let mut entries = write.open_table(ENTRIES)?;
+/// All of them or none.
+fn write<'a>(
+    database: &Database,
+    records: impl Iterator<Item = (&'a str, Option<&'a Record>)>,
+    revision: u64,
+) -> Result<(), redb::Error> {
+    let write = database.begin_write()?;
+    {
+        let mut entries = write.open_table(ENTRIES)?;
+        for (key, record) in records {
             match record {
                 Some(record) => {
                     let end = record.expires.map_or(0, milliseconds);
@@ -112,14 +168,10 @@ impl File {
                     entries.remove(key)?;
                 }
             }
-            write.open_table(FACTS)?.insert(REVISION, revision)?;
         }
-        Ok(write.commit()?)
+        write.open_table(FACTS)?.insert(REVISION, revision)?;
     }
-
-    fn broken(&self, error: &redb::Error) -> EmbeddedError {
-        EmbeddedError::Broken { path: self.path.clone(), reason: error.to_string() }
-    }
+    Ok(write.commit()?)
 }
 
 fn unopened(path: &Path, error: &DatabaseError) -> EmbeddedError {

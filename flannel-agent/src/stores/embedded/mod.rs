@@ -24,6 +24,7 @@ use tokio::sync::watch;
 
 use self::file::{Contents, File, Record};
 use super::LEASE_TTL;
+use super::back_off::BackOff;
 use super::registry::{
     Deleted, Entry, Lifetime, Listing, Notice, Registry, RegistryError, RegistryNetworks, Stored, Table,
     WatchEnd, Written, follow,
@@ -132,6 +133,13 @@ fn left(end: SystemTime, wall: SystemTime) -> Duration {
     end.duration_since(wall).unwrap_or_default().clamp(GRACE, LEASE_TTL)
 }
 
+/// An entry as it is said on disk, by the clock as it is now.
+fn record_of(stored: &Stored) -> Record {
+    let (now, wall) = (Instant::now(), SystemTime::now());
+    let end = |end: Instant| wall + end.saturating_duration_since(now);
+    Record { value: stored.value.clone(), revision: stored.revision, expires: stored.expires.map(end) }
+}
+
 /// What an entry becomes: nothing, or a value that lives for a time.
 type Wanted = Option<(Vec<u8>, Option<Duration>)>;
 
@@ -148,7 +156,7 @@ impl Store {
         key: &str,
         decide: impl FnOnce(Option<&Stored>) -> Option<Wanted>,
     ) -> Result<Option<Written>, EmbeddedError> {
-        let file = self.file.clone().lock_owned().await;
+        let mut file = self.file.clone().lock_owned().await;
         let (wanted, revision) = {
             let table = self.lock();
             match decide(table.stored(key)) {
@@ -169,7 +177,11 @@ impl Store {
         let lifetime = stored.as_ref().map_or(Lifetime::Forever, |(stored, _)| stored.lifetime());
         // A caller that goes away must not leave the disk ahead of the memory.
         let task = tokio::task::spawn_blocking(move || {
-            file.put(&key, record.as_ref(), revision)?;
+            let known = |key: &str| {
+                let table = table.lock().unwrap_or_else(PoisonError::into_inner);
+                table.stored(key).map(record_of)
+            };
+            file.put(&key, record.as_ref(), revision, known)?;
             let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
             table.apply(key, stored.map(|(stored, _)| stored), revision);
             drop(table);
@@ -191,21 +203,44 @@ impl Store {
     }
 }
 
-/// Deletes leases as they end, as long as somebody has the store.
+/// Deletes leases as they end, as long as somebody has the store. While the disk takes nothing that is said once, and
+/// tried again with pauses.
 async fn end_leases(store: std::sync::Weak<Store>) {
+    let mut back_off = BackOff::default();
+    let mut fails = false;
     loop {
         let Some(held) = store.upgrade() else { return };
+        let mut failed = None;
         for key in held.ended() {
             let now = Instant::now();
             let still_due =
                 |entry: Option<&Stored>| entry?.expires.is_some_and(|end| end <= now).then_some(None);
             if let Err(error) = held.write(&key, still_due).await {
-                tracing::error!("lease {key} has ended and can't be deleted: {error}");
+                failed = Some((key, error));
+                break;
             }
         }
         let (mut news, next) = (held.news.subscribe(), held.next_end());
         drop(held);
-        // A deletion that failed is tried again in a moment, not at once.
+        if let Some((key, error)) = failed {
+            if !std::mem::replace(&mut fails, true) {
+                tracing::error!("lease {key} has ended and can't be deleted: {error}");
+            }
+            let pause = tokio::time::sleep(back_off.next());
+            tokio::pin!(pause);
+            // Other writes go on meanwhile; when the store is gone this ends.
+            loop {
+                tokio::select! {
+                    () = &mut pause => break,
+                    changed = news.changed() => if changed.is_err() { return },
+                }
+            }
+            continue;
+        }
+        if std::mem::take(&mut fails) {
+            tracing::info!("leases that have ended can be deleted again");
+            back_off = BackOff::default();
+        }
         let soonest = Instant::now() + Duration::from_millis(100);
         let wake = next.map_or(soonest + RESYNC, |end| end.max(soonest));
         tokio::select! {

@@ -1,6 +1,7 @@
 //! What only a server can get wrong: many clients, bad ones, TLS, its own death.
 
 mod clients;
+mod disk;
 mod process;
 
 use std::net::SocketAddr;
@@ -12,7 +13,7 @@ use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores};
 
 use crate::ground::{network, request};
 
-pub(crate) use self::{clients::*, process::*};
+pub(crate) use self::{clients::*, disk::*, process::*};
 
 const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
 

@@ -274,6 +274,19 @@ pub(crate) async fn leases_move_between_a_file_and_etcd() -> Result<()> {
     ensure!(find("blue/subnets/10.6.8.0-24")?.left.is_none(), "a reservation stays one");
     ensure!(find("blue/config")?.value.contains("10.6.0.0/16") && find("config")?.left.is_none());
 
+    // A place that is not there is no empty one, and looking makes no file.
+    let (nowhere, made) = (files.path().join("nowhere.redb"), files.path().join("made.redb"));
+    let place = |path: &std::path::Path| format!("embedded:{}", path.display());
+    let (code, _, errors) =
+        agent(&["migrate", "--from", &place(&nowhere), "--to=etcd", "--etcd-endpoints", &endpoint])?;
+    ensure!(code == Some(1) && errors.contains("nowhere.redb, and there is no such file"), "{errors}");
+    let back = ["migrate", "--from=etcd", "--to", &place(&made), "--etcd-endpoints", &endpoint, "--dry-run"];
+    let (code, said, errors) = agent(&back)?;
+    ensure!(code == Some(0) && said.contains("4 to be moved"), "{said}{errors}");
+    ensure!(!nowhere.exists() && !made.exists(), "a file was made");
+    let (code, _, errors) = agent(&[&back[..6], &["--etcd-prefix=/elsewhere"]].concat())?;
+    ensure!(code == Some(1) && errors.contains("holds no network and no lease"), "{errors}");
+
     // Again: nothing to do. Somebody else's lease is named and stays.
     let (code, said, _) = agent(&words)?;
     ensure!(code == Some(0) && said.contains("0 moved, 4 there already"), "{said}");
