@@ -54,7 +54,7 @@ impl Connection {
         let mut config = config(options).await.map_err(KubeOptionsError::Connection)?;
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.headers.push((http::header::USER_AGENT, http::HeaderValue::from_static(USER_AGENT)));
-        let name = format!("Kubernetes at {}", config.cluster_url);
+        let name = format!("Kubernetes at {}", place(&config.cluster_url));
         let client =
             Client::try_from(config).map_err(|error| KubeOptionsError::Connection(describe(&error)))?;
         Ok(Self {
@@ -200,6 +200,13 @@ impl fmt::Debug for Connection {
     }
 }
 
+/// The API server, for messages: a kubeconfig's URL may hold a password.
+fn place(url: &http::Uri) -> String {
+    let authority = url.authority().map_or("", http::uri::Authority::as_str);
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{}://{host}{}", url.scheme_str().unwrap_or("https"), url.path())
+}
+
 /// Where a list may come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum From {
@@ -259,4 +266,19 @@ pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_in_a_kubeconfigs_url_is_not_printed() {
+        for (url, wanted) in [
+            ("https://root:s3cret@10.0.0.1:6443", "https://10.0.0.1:6443/"),
+            ("https://[fd00::1]:6443/clusters/a", "https://[fd00::1]:6443/clusters/a"),
+        ] {
+            assert_eq!(place(&url.parse().unwrap()), wanted);
+        }
+    }
 }

@@ -37,6 +37,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A watch that lived this long was a good one: the next failure is a new one.
 const PROVEN: Duration = Duration::from_secs(10);
+/// One that ended sooner failed, however it ended: whoever stands between must not make us ask without pause.
+const LEAST: Duration = Duration::from_secs(1);
 /// The API server ends a watch after this many seconds, a different number each time.
 const WATCH_SECONDS: std::ops::Range<u32> = 240..360;
 /// A watch that should have ended and did not is dead.
@@ -135,10 +137,19 @@ impl Follower {
                 if opened.elapsed() >= PROVEN {
                     self.failures = 0;
                 }
+                let lasted = opened.elapsed();
                 match end {
-                    WatchEnd::Over(None) => {}
+                    WatchEnd::Over(None) if lasted >= LEAST => {}
+                    WatchEnd::Over(None) => {
+                        let reason = format!("the watch of nodes ended after {} ms", lasted.as_millis());
+                        self.interrupted(reason).await?;
+                    }
                     WatchEnd::Over(Some(reason)) => self.interrupted(reason).await?,
                     WatchEnd::Expired => {
+                        // The list that follows costs more than a watch.
+                        if lasted < LEAST {
+                            self.pause().await?;
+                        }
                         from = From::Store;
                         break;
                     }
@@ -245,6 +256,10 @@ impl Follower {
         } else {
             tracing::debug!("{reason}");
         }
+        self.pause().await
+    }
+
+    async fn pause(&mut self) -> Result<(), Unheard> {
         self.failures = self.failures.saturating_add(1);
         tokio::select! {
             () = tokio::time::sleep(wait(self.failures)) => Ok(()),
@@ -307,4 +322,76 @@ async fn try_to_say(connection: &Connection) -> Result<(), StoreError> {
     connection.patch_status(&nodes::network_is_up(&now)).await?;
     tracing::info!("Node {name}: NetworkUnavailable is False, reason FlannelIsUp");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::super::{ANNOTATION_PREFIX, KubeOptions, KubeStore, NodeIdentity};
+    use super::*;
+    use crate::stores::LeaseStore as _;
+
+    /// Lists no Nodes, and answers every watch with `watch`. Counts the requests.
+    async fn server(watch: &'static str) -> (String, Arc<AtomicU32>) {
+        const LIST: &str =
+            r#"{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[]}"#;
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", socket.local_addr().unwrap());
+        let requests = Arc::new(AtomicU32::new(0));
+        let count = requests.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = socket.accept().await {
+                let count = count.clone();
+                tokio::spawn(async move {
+                    let mut head = vec![0; 8192];
+                    while let Ok(length @ 1..) = stream.read(&mut head).await {
+                        count.fetch_add(1, Ordering::Relaxed);
+                        let is_watch = String::from_utf8_lossy(&head[..length]).contains("watch=true");
+                        let body = if is_watch { watch } else { LIST };
+                        let answer = format!(
+                            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
+                        let _ = stream.write_all(answer.as_bytes()).await;
+                    }
+                });
+            }
+        });
+        (url, requests)
+    }
+
+    /// A load balancer with a limit of no time, a store that has lost its history.
+    #[tokio::test]
+    async fn a_server_that_ends_every_watch_at_once_is_not_asked_without_pause() {
+        const EXPIRED: &str = r#"{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","status":"Failure","message":"too old","reason":"Expired","code":410}}"#;
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        for watch in ["", EXPIRED] {
+            let (url, requests) = server(watch).await;
+            let options = KubeOptions {
+                api_url: Some(url),
+                kubeconfig: None,
+                annotation_prefix: ANNOTATION_PREFIX.into(),
+                net_config: "/nonexistent/net-conf.json".into(),
+                set_network_unavailable: false,
+                node: NodeIdentity { node: Some("own".into()), pod: None },
+            };
+            let store = KubeStore::connect(&options).await.unwrap();
+            let mut events = store.watch();
+            let first = events.next().await;
+            assert!(matches!(first, Some(LeaseEvent::Snapshot(..))), "{watch}: {first:?}");
+            let heard = tokio::time::timeout(Duration::from_secs(2), async {
+                while let Some(event) = events.next().await {
+                    assert!(!matches!(event, LeaseEvent::Removed(_)), "{event:?}");
+                }
+            });
+            assert!(heard.await.is_err(), "the stream ended");
+            // A list and a watch per attempt, with pauses of 62 ms, 125, 250 and so on between at least.
+            let asked = requests.load(Ordering::Relaxed);
+            assert!((3..=16).contains(&asked), "{watch}: {asked} requests in 2 s");
+        }
+    }
 }
