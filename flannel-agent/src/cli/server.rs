@@ -114,6 +114,14 @@ impl Resolver<'_> {
             );
             return Err(SettingsError { text, code: 1 });
         }
+        if remote.as_deref().is_some_and(|servers| servers.contains('@')) {
+            // Not quoted: what stands before the @ may be a password.
+            let name = self.name("remote");
+            let text = format!(
+                "{name} names a user, which the protocol does not know; a client is known by -remote-certfile"
+            );
+            return Err(SettingsError { text, code: 2 });
+        }
         let embedded = self.embedded(&flags.store, listen.is_some())?;
         let path = |file: Option<String>| given(file).map(PathBuf::from);
         let (cert, key) = (path(flags.remote_certfile), path(flags.remote_keyfile));
@@ -173,12 +181,15 @@ impl Resolver<'_> {
             }
             return Ok(None);
         }
-        let names = names.unwrap_or_default();
-        let allowed = names
+        let text = names.unwrap_or_default();
+        let allowed = text
             .split(',')
             .filter(|name| !name.is_empty())
-            .map(|name| name.parse().map_err(|error| self.invalid("networks", &names, &format!("{error}"))))
-            .collect::<Result<_, _>>()?;
+            .map(|name| name.parse().map_err(|error| self.invalid("networks", &text, &format!("{error}"))))
+            .collect::<Result<BTreeSet<_>, _>>()?;
+        if allowed.is_empty() && !flags.watch_networks {
+            return Err(self.invalid("networks", &text, "names no network; names are such as blue,red"));
+        }
         let subnet_dir = self.absolute("subnet-dir", flags.subnet_dir)?;
         Ok(Some(NetworksSettings { allowed, watch: flags.watch_networks, subnet_dir }))
     }

@@ -133,17 +133,21 @@ impl Settings {
         let served = resolver.server(flags.server)?;
         let networks = resolver.networks(flags.networks)?;
         let store = resolver.store(etcd, flags.kube, &served, pod)?;
-        if let (Some(_), StoreSettings::Kube(_)) = (&networks, &store) {
-            let text = "-kube-subnet-mgr leases from one network, leave -networks out".to_owned();
-            return Err(SettingsError { text, code: 2 });
+        if let Some(networks) = &networks {
+            let flag = if networks.allowed.is_empty() { "watch-networks" } else { "networks" };
+            let why = match (&store, &served.serve) {
+                (StoreSettings::Kube(_), _) => Some("-kube-subnet-mgr leases from one network".to_owned()),
+                (_, Some(serve)) => {
+                    Some(format!("-listen {} serves every network there is", quoted(&serve.listen)))
+                }
+                _ => None,
+            };
+            if let Some(why) = why {
+                let text = format!("{why}, leave {} out", resolver.name(flag));
+                return Err(SettingsError { text, code: 2 });
+            }
         }
-        if let (Some(_), Some(serve)) = (&networks, &served.serve) {
-            let text = format!(
-                "-listen {} serves every network there is, leave -networks out",
-                quoted(&serve.listen)
-            );
-            return Err(SettingsError { text, code: 2 });
-        }
+        resolver.name_idle(&store, served.serve.is_some(), networks.is_some());
         let (selectors, public) = resolver.interface(flags.interface)?;
         let verbosity = resolver.log(&flags.log)?;
         let NodeFlags { subnet_file, healthz_ip, healthz_port, status_socket, .. } = flags.node;
@@ -185,6 +189,29 @@ impl Resolver<'_> {
     pub(super) fn invalid(&self, flag: &str, value: &str, expected: &str) -> SettingsError {
         let text = format!("invalid value {} for {}: {expected}", quoted(value), self.name(flag));
         SettingsError { text, code: 2 }
+    }
+
+    /// Warns of what was set and has no effect where leases come from elsewhere, or where no network is joined.
+    fn name_idle(&mut self, store: &StoreSettings, serves: bool, several: bool) {
+        let elsewhere = match store {
+            StoreSettings::Etcd(_) => None,
+            StoreSettings::Kube(_) => Some("with -kube-subnet-mgr"),
+            StoreSettings::Remote(_) => Some("with -remote"),
+            StoreSettings::Embedded(_) => Some("with -store=embedded"),
+        };
+        let of_node = |flag: &str| {
+            ["iface", "public-ip", "udp-"].iter().any(|prefix| flag.starts_with(prefix))
+                || ["subnet-file", "subnet-lease-renew-margin", "status-socket", "bpffs-path"].contains(&flag)
+        };
+        for (flag, origin) in self.origins {
+            let why = match flag.as_str() {
+                flag if flag.starts_with("etcd-") => elsewhere,
+                flag if of_node(flag) && serves => Some("with -listen: a server joins no network"),
+                "subnet-file" if several => Some("with several networks: each has its file in -subnet-dir"),
+                _ => None,
+            };
+            self.warnings.extend(why.map(|why| format!("{origin} has no effect {why}")));
+        }
     }
 
     fn refuse_not_built(&self, flags: &NotBuiltFlags) -> Result<(), SettingsError> {
@@ -236,6 +263,12 @@ impl Resolver<'_> {
     ) -> Result<StoreSettings, SettingsError> {
         let net_config = kube.given_net_config();
         let is_embedded = served.embedded.is_some();
+        if kube.kube_api_url.as_deref().is_some_and(|url| url.contains('@')) {
+            // Not quoted: what stands before the @ may be a password.
+            let name = self.name("kube-api-url");
+            let text = format!("{name} names a user; credentials are read from -kubeconfig-file");
+            return Err(SettingsError { text, code: 2 });
+        }
         let kube = kube.resolve(pod).unwrap_or_else(|idle| {
             for flag in idle.into_iter().filter(|flag| !(is_embedded && *flag == "net-config-path")) {
                 let name = self.name(flag);

@@ -111,7 +111,19 @@ fn what_contradicts_itself_is_refused() {
         ),
         (
             "flanneld -kube-subnet-mgr -watch-networks",
-            "-kube-subnet-mgr leases from one network, leave -networks out",
+            "-kube-subnet-mgr leases from one network, leave -watch-networks out",
+        ),
+        (
+            "flanneld -remote=http://root:s3cret@10.0.0.1:8888",
+            "-remote names a user, which the protocol does not know; a client is known by -remote-certfile",
+        ),
+        (
+            "flanneld -kube-subnet-mgr -kube-api-url=https://root:s3cret@10.0.0.1:6443",
+            "-kube-api-url names a user; credentials are read from -kubeconfig-file",
+        ),
+        (
+            "flanneld -networks=,",
+            "invalid value \",\" for -networks: names no network; names are such as blue,red",
         ),
         (
             "flanneld -networks=blue,../etc",
@@ -131,6 +143,32 @@ fn what_contradicts_itself_is_refused() {
         ),
     ] {
         assert_eq!(printed(&format!("flanneld {flags}")), (wanted.to_owned(), Stream::Stderr, 1));
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_named() {
+    for (flags, wanted) in [
+        ("flanneld -remote=a:1 -etcd-prefix=/x", "-etcd-prefix has no effect with -remote"),
+        (
+            "FLANNELD_ETCD_API=v2 flanneld -kube-subnet-mgr",
+            "FLANNELD_ETCD_API has no effect with -kube-subnet-mgr",
+        ),
+        (
+            "flanneld -listen=:1 -store=embedded -etcd-endpoints=http://a:1",
+            "-etcd-endpoints has no effect with -store=embedded",
+        ),
+        ("flanneld -listen=:1 -iface=eth0", "-iface has no effect with -listen: a server joins no network"),
+        (
+            "flanneld -listen=:1 -udp-mtu=1400",
+            "-udp-mtu has no effect with -listen: a server joins no network",
+        ),
+        (
+            "flanneld -watch-networks -subnet-file=/x",
+            "-subnet-file has no effect with several networks: each has its file in -subnet-dir",
+        ),
+    ] {
+        assert_eq!(settings(flags).warnings, [wanted], "{flags}");
     }
 }
 

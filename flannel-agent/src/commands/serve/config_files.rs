@@ -105,11 +105,16 @@ fn find(path: &Path) -> Found {
 }
 
 fn read_file(path: &Path) -> Result<String, String> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| format!("can't read {}: {error}", path.display()))?;
-    if text.len() > MAX_TEXT {
-        return Err(format!("{} has {} bytes, at most {MAX_TEXT} are read", path.display(), text.len()));
+    let unread = |error: std::io::Error| format!("can't read {}: {error}", path.display());
+    let facts = std::fs::metadata(path).map_err(unread)?;
+    // Reading a FIFO would wait for who writes to it, and everything else with it.
+    if !facts.is_file() {
+        return Err(format!("{} is no file: it must hold a network configuration", path.display()));
     }
+    if facts.len() > MAX_TEXT as u64 {
+        return Err(format!("{} has {} bytes, at most {MAX_TEXT} are read", path.display(), facts.len()));
+    }
+    let text = std::fs::read_to_string(path).map_err(unread)?;
     NetworkConfig::parse_ranges(&text).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(text.trim().to_owned())
 }

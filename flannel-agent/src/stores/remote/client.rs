@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::poll::{LeasePoll, NetworkPoll};
 use super::wire::{Clocks, ERROR_HEADER, UNNAMED, WireLease, WireReservation, attrs_json};
+use crate::domain::etcd::{Endpoint, Scheme};
 use crate::domain::lease::{Lease, LeaseAttrs, LeaseEvent, Reservation, Subnets};
 use crate::domain::network_name::NetworkName;
 use crate::stores::http::{Answer, ClientTls, Servers};
@@ -106,23 +107,13 @@ impl RemoteNetworks {
 /// The URL of a server; TLS where there is a file for it, or where the operator says so.
 fn base(text: &str, secure: bool) -> Result<String, RemoteOptionsError> {
     let wrong = |reason| RemoteOptionsError::Server { server: text.to_owned(), reason };
-    let (scheme, rest) = match text.split_once("://") {
-        None => (if secure { "https" } else { "http" }, text),
-        Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
-        Some(_) => return Err(wrong("is neither http:// nor https://")),
-    };
-    let authority = rest.strip_suffix('/').unwrap_or(rest);
-    if authority.contains(['/', '?', '#', '@', ' ']) {
+    let (_, rest) = text.split_once("://").unwrap_or(("", text));
+    if rest.strip_suffix('/').unwrap_or(rest).contains(['/', '?', '#', '@']) {
         return Err(wrong("is more than host:port"));
     }
-    let (host, port) = authority.rsplit_once(':').ok_or_else(|| wrong("has no :port"))?;
-    if host.is_empty() {
-        return Err(wrong("names no host"));
-    }
-    match port.parse::<u16>() {
-        Ok(port) if port != 0 => Ok(format!("{scheme}://{authority}")),
-        _ => Err(wrong("has no port from 1 to 65535")),
-    }
+    let Endpoint { scheme, authority } = Endpoint::parse(text).map_err(wrong)?;
+    let secure = scheme.map_or(secure, |scheme| scheme == Scheme::Https);
+    Ok(format!("{}://{authority}", if secure { "https" } else { "http" }))
 }
 
 impl NetworkStores for RemoteNetworks {
@@ -335,7 +326,9 @@ mod tests {
             assert_eq!(base(text, secure).unwrap(), wanted);
         }
         for (text, reason) in [
-            ("10.0.0.1", "has no :port"),
+            ("10.0.0.1", "has no port from"),
+            ("fd00::1:8888", "has no valid host name"),
+            ("a b:1", "contains a space"),
             (":8888", "names no host"),
             ("a:0", "has no port from"),
             ("a:b", "has no port from"),
