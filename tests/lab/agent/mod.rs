@@ -20,6 +20,7 @@ use nix::{
 
 use crate::namespace::Namespace;
 
+pub(crate) mod rest;
 mod status;
 mod subnet_env;
 

@@ -1,6 +1,7 @@
 //! A lab that stands: its hosts, their agents and pods.
 
 use std::{
+    fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -13,7 +14,7 @@ use tempfile::TempDir;
 
 use super::{NETWORK, Plan, PodLink, Store, Underlay};
 use crate::{
-    agent::{Agent, AgentFiles, AgentOptions, Status, SubnetEnv},
+    agent::{Agent, AgentFiles, AgentOptions, Status, SubnetEnv, rest},
     bpf::XdpLink,
     datastore::Datastore,
     lease_server::LeaseServer,
@@ -168,6 +169,20 @@ impl Lab {
             for to in self.hosts.iter().filter(|to| to.number != from.number) {
                 let report = Ping::new(&from.pod()?.netns, to.pod()?.address).count(count).run()?;
                 ensure!(report.lost() == 0, "pod of {} → pod of {}: {report}", from.name(), to.name());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the agents have come to rest between what was done to them.
+    ///
+    /// # Errors
+    /// One said the same again and again.
+    pub fn at_rest(&self) -> Result<()> {
+        for host in &self.hosts {
+            let log = fs::read_to_string(host.files.log()).unwrap_or_default();
+            if let Some(unrest) = rest::unrest(&log) {
+                bail!("the agent on {} does not come to rest: {unrest}", host.name());
             }
         }
         Ok(())

@@ -67,7 +67,7 @@ fn on(place: &mut Option<Lab>, underlay: Underlay, test: impl FnOnce(&mut Lab) -
         Some(lab) => lab,
         None => Lab::new("kernels").underlay(underlay).build()?,
     };
-    test(&mut lab).map_err(|e| anyhow!("{e:#}\n{}", lab.logs()))?;
+    test(&mut lab).and_then(|()| lab.at_rest()).map_err(|e| anyhow!("{e:#}\n{}", lab.logs()))?;
     *place = Some(lab);
     Ok(())
 }
