@@ -97,29 +97,33 @@ async fn pause() {
     tokio::time::sleep(PAUSE + Duration::from_millis(jitter)).await;
 }
 
-/// Says once what is awaited, and once that it came.
+/// Reasons that one wait says; a store that fails in ever new words fills no log. The latest is always in `/readyz`.
+const REASONS: usize = 8;
+
+/// Says each reason to wait once, and once that what was awaited came.
 struct Waiting<'a> {
     part: &'static str,
     health: &'a Health,
-    said: Option<String>,
+    /// A server that hangs fails in two ways by turns: without an answer, and by pings without one.
+    said: Vec<String>,
 }
 
 impl<'a> Waiting<'a> {
     fn new(part: &'static str, health: &'a Health) -> Self {
         health.wait(part, format!("no {part} yet"));
-        Self { part, health, said: None }
+        Self { part, health, said: Vec::new() }
     }
 
     fn still(&mut self, reason: String) {
-        if self.said.as_ref() != Some(&reason) {
+        self.health.wait(self.part, reason.clone());
+        if self.said.len() < REASONS && !self.said.contains(&reason) {
             tracing::warn!("waiting for the {}: {reason}", self.part);
-            self.health.wait(self.part, reason.clone());
-            self.said = Some(reason);
+            self.said.push(reason);
         }
     }
 
     fn over(&mut self) {
-        if self.said.take().is_some() {
+        if !std::mem::take(&mut self.said).is_empty() {
             tracing::info!("the {} is there", self.part);
         }
         self.health.done(self.part);
@@ -147,6 +151,21 @@ mod tests {
         let (config, ()) = tokio::join!(waiting, edit);
         assert!(config.is_ok());
         assert!(health.reasons().is_empty());
+    }
+
+    #[test]
+    fn reasons_that_come_by_turns_are_said_once_each() {
+        let health = Health::default();
+        let mut waiting = Waiting::new("config", &health);
+        for reason in ["no answer", "no pong", "no answer", "no pong"] {
+            waiting.still(reason.to_owned());
+            assert_eq!(health.reasons(), [reason]);
+        }
+        assert_eq!(waiting.said, ["no answer", "no pong"]);
+        (0..100).for_each(|number| waiting.still(format!("request {number}")));
+        assert_eq!(waiting.said.len(), REASONS);
+        waiting.over();
+        assert!(health.reasons().is_empty() && waiting.said.is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -208,6 +208,7 @@ fn main() -> ExitCode {
             v3::thousands_of_leases_are_listed_at_one_revision
             v3::our_lease_written_by_another_has_its_true_end
             v3::leases_written_at_one_revision_are_told_apart
+            v3::an_etcd_that_was_replaced_is_logged_in_to_anew
             v2::a_server_without_the_api_says_so
             auto::an_etcd_with_one_api_only_is_no_trouble
         }

@@ -44,6 +44,9 @@ const FAILED_PRECONDITION: i32 = 9;
 const UNIMPLEMENTED: i32 = 12;
 const UNAUTHENTICATED: i32 = 16;
 
+/// What etcd says to somebody without a login.
+const NO_USER: &str = "user name is empty";
+
 pub(super) struct V3 {
     name: String,
     servers: Arc<Servers>,
@@ -110,6 +113,13 @@ impl V3 {
                 Err(_) => Fault::Passing(format!("no answer within {} s", CALL_TIMEOUT.as_secs())),
             };
             let (Fault::Passing(reason) | Fault::Lasting(reason)) = &fault;
+            // Who we are is said anew where a login is worth nothing. It names how far etcd had come, and an etcd that was
+            // restored or replaced lets those who name more wait for an answer until it has come as far. And where
+            // authentication was off there was none.
+            let is_unknown = matches!(fault, Fault::Passing(_)) || reason.contains(NO_USER);
+            if is_unknown && servers.user.is_some() {
+                server.forget();
+            }
             all_lasting &= matches!(fault, Fault::Lasting(_));
             reasons.push(match servers.list.len() {
                 1 => reason.clone(),
@@ -210,6 +220,11 @@ impl Server {
         client.cloned().map_err(|error| self.judge(&error))
     }
 
+    /// The next call makes a new connection.
+    fn forget(&self) {
+        *lock(&self.client) = Arc::default();
+    }
+
     fn connect_options(&self) -> ConnectOptions {
         let options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
@@ -237,7 +252,7 @@ impl Server {
             ));
         }
         match code {
-            Some(INVALID_ARGUMENT) if text.contains("user name is empty") => {
+            Some(INVALID_ARGUMENT) if text.contains(NO_USER) => {
                 Fault::Lasting(format!("{text}: it wants a user, give --etcd-username and --etcd-password"))
             }
             Some(
@@ -388,9 +403,7 @@ impl Registry for V3 {
     }
 
     fn reconnect(&self) {
-        for server in &self.servers.list {
-            *lock(&server.client) = Arc::default();
-        }
+        self.servers.list.iter().for_each(Server::forget);
         std::mem::take(&mut *lock(&self.servers.era)).cancel();
     }
 }
@@ -470,9 +483,9 @@ fn unsigned(number: i64) -> u64 {
 }
 
 fn hung_up(text: &str) -> bool {
-    ["broken pipe", "connection closed", "onnection reset", "http2 error"]
-        .iter()
-        .any(|sign| text.contains(sign))
+    // Pings that nobody answers end a connection too.
+    let signs = ["broken pipe", "connection closed", "onnection reset", "http2 error"];
+    !text.contains("timed out") && signs.iter().any(|sign| text.contains(sign))
 }
 
 fn is_auth_off(error: &Error) -> bool {

@@ -277,7 +277,9 @@ impl Watcher {
     }
 
     fn failed(&mut self, reason: String) {
-        if !std::mem::replace(&mut self.away, true) {
+        if std::mem::replace(&mut self.away, true) {
+            tracing::debug!(reason, "the leases still can't be watched");
+        } else {
             self.ready.push_back(LeaseEvent::Interrupted(reason));
         }
         self.wait_longer();

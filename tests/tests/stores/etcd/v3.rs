@@ -3,15 +3,15 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use etcd_client::{Client, LeaseTimeToLiveOptions, PutOptions, Txn, TxnOp};
 use flannel_agent::domain::lease::LeaseEvent;
 use flannel_agent::stores::etcd::{self, EtcdApi, EtcdOptions};
-use flannel_agent::stores::{NetworkStores, StoreError};
+use flannel_agent::stores::{LeaseRequest, NetworkStores, StoreError};
 use flannel_tests::etcd::Version;
 
 use super::{PEER, restart, snapshot_of, start_of, store};
-use crate::ground::{Ground, first, interrupted, network, next, request, subnets};
+use crate::ground::{Ground, first, interrupted, network, next, next_within, request, subnets};
 use crate::relay::Relay;
 
 /// Between the list and the watch that follows it, history is compacted away.
@@ -209,6 +209,53 @@ pub(crate) async fn leases_written_at_one_revision_are_told_apart(version: Versi
         let found = client.get(key, None).await?;
         assert_eq!(found.count(), count);
         ensure!(found.kvs().iter().all(|kv| kv.value() == PEER.as_bytes()), "a peer's lease was overwritten");
+    }
+    Ok(())
+}
+
+/// A login of the former etcd is worth nothing at the new one, which does not even say so: it keeps who shows one waiting
+/// until it has come as far as the former had.
+pub(crate) async fn an_etcd_that_was_replaced_is_logged_in_to_anew(version: Version) -> Result<()> {
+    const PASSWORD: &str = super::PASSWORD;
+    let etcd = start_of(version).await?;
+    let mut etcd = tokio::task::spawn_blocking(move || {
+        // The login is to name a later state than the new etcd comes to here.
+        for count in 0..40 {
+            etcd.ctl(&["put", "/elsewhere", &count.to_string()])?;
+        }
+        etcd.require_password(PASSWORD).map(|()| etcd)
+    })
+    .await??;
+    let options = EtcdOptions {
+        username: Some("root".into()),
+        password: Some(PASSWORD.into()),
+        ..super::options(EtcdApi::V3, &[etcd.endpoint()])
+    };
+    let node = etcd::open(&options)?.network(None);
+    let lease = node.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
+    let mut events = node.watch();
+    snapshot_of(&mut events, 1).await?;
+    for with_password in [false, true] {
+        etcd = tokio::task::spawn_blocking(move || {
+            etcd.replace()?;
+            if with_password {
+                etcd.require_password(PASSWORD)?;
+            }
+            anyhow::Ok(etcd)
+        })
+        .await??;
+        loop {
+            match next_within(&mut events, Duration::from_secs(30)).await? {
+                LeaseEvent::Snapshot(leases, _) if leases.is_empty() => break,
+                LeaseEvent::Interrupted(_) | LeaseEvent::Snapshot(..) => {}
+                other => bail!("nothing was written, but {other:?} told"),
+            }
+        }
+        let again =
+            LeaseRequest { previous: Some(lease.subnets), ..request(&network("10.5.255.0"), "192.0.2.1") };
+        assert_eq!(node.acquire(&again).await?.subnets, lease.subnets);
+        let told = next_within(&mut events, Duration::from_secs(10)).await?;
+        ensure!(matches!(&told, LeaseEvent::Added(told) if told.subnets == lease.subnets), "{told:?}");
     }
     Ok(())
 }
