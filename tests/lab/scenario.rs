@@ -1,5 +1,5 @@
-//! A test on a lab of its own: built for it, gone after it; when it fails, the message has the agents' last words.
-//! It fails too when an agent does not come to rest.
+//! A test on a lab of its own: built for it, gone after it; when it fails, or an agent never came to rest, the message
+//! has the agents' last words.
 
 use std::process::ExitCode;
 
@@ -26,9 +26,8 @@ pub fn scenario(
 ) -> Trial {
     Trial::test(sentence, move || {
         let mut lab = plan.build().map_err(|e| Failed::from(format!("{e:#}")))?;
-        test(&mut lab)
-            .and_then(|()| lab.at_rest())
-            .map_err(|e| Failed::from(format!("{e:#}\n{}", lab.logs())))
+        let result = test(&mut lab);
+        lab.verdict(result).map_err(|e| Failed::from(format!("{e:#}")))
     })
 }
 

@@ -55,7 +55,8 @@ fn test(
 ) -> impl FnOnce() -> Result<(), libtest_mimic::Failed> + Send + 'static {
     move || {
         let mut lab = plan.build().map_err(|e| format!("{e:#}"))?;
-        check(&mut lab, tier).map_err(|e| format!("{e:#}\n{}", lab.logs()).into())
+        let result = check(&mut lab, tier);
+        lab.verdict(result).map_err(|e| format!("{e:#}").into())
     }
 }
 

@@ -1,16 +1,17 @@
 //! The lab itself, without an agent: a probe that can't fail would prove nothing.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::Path,
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use flannel_tests::{
+    agent::AgentOptions,
     namespace::{Namespace, outside},
     port::Port,
     privilege,
@@ -63,6 +64,11 @@ fn main() -> ExitCode {
         Trial::test("a_name_goes_with_its_namespace_and_the_room_of_its_agent_too", || {
             names().map_err(|e| Failed::from(format!("{e:#}")))
         }),
+        scenario(
+            "an_agent_that_never_comes_to_rest_fails_its_test_and_hides_no_other_failure",
+            Lab::new("lab-unrest").without_etcd(),
+            unrest,
+        ),
         scenario("a_held_port_is_given_to_nobody_who_asks_for_any", Lab::new("lab-port").hosts(1), held_port),
     ];
     run_when(privilege::require_root, trials)
@@ -94,6 +100,28 @@ fn wire(lab: &mut Lab) -> Result<()> {
     let after = a.netns().sent("eth0")?;
     let (packets, bytes) = (after.packets - before.packets, after.bytes - before.bytes);
     ensure!(bytes > 20_000_000 && bytes <= packets * 1514, "{packets} packets, {bytes} bytes");
+    Ok(())
+}
+
+/// Says what an agent with a loop in it would, on the second host. Its log is emptied at last: this test passes.
+fn unrest(lab: &mut Lab) -> Result<()> {
+    lab.verdict(Ok(()))?;
+    let program = lab.folder().join("restless");
+    let repair = "INFO tunnel on flannel0 needs repair: super-packets stay whole on eth0 by now";
+    let says = format!(
+        "for second in 0 1 2 3 4 5 6 7 8; do echo \"2026-11-26T21:26:0$second.500000Z  {repair}\"; done"
+    );
+    fs::write(&program, format!("#!/bin/sh\n{says}\n"))?;
+    fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+    let agent = lab.host_mut(1).start_agent(&AgentOptions::with_binary(program))?;
+    ensure!(agent.wait_end(Duration::from_secs(10))?.success(), "{}", agent.log());
+
+    let said = format!("the agent on h2 does not come to rest: 9 times in 8.0 s: {repair}\n");
+    let alone = lab.verdict(Ok(())).err().context("it is not noticed")?.to_string();
+    ensure!(alone.starts_with(&said) && !alone.contains("agent on h1"), "{alone}");
+    let both = lab.verdict(Err(anyhow!("8 pings lost"))).err().context("a failure became none")?.to_string();
+    ensure!(both.starts_with(&format!("8 pings lost\n{said}")), "{both}");
+    fs::write(lab.host(1).files().log(), "")?;
     Ok(())
 }
 

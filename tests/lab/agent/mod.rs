@@ -20,12 +20,13 @@ use nix::{
 
 use crate::namespace::Namespace;
 
-pub(crate) mod rest;
 mod status;
 mod subnet_env;
+mod unrest;
 
 pub use status::{Count, Peer, PeerCount, Refused, Status, Tunnel, status};
 pub use subnet_env::SubnetEnv;
+pub use unrest::{Repetition, repetitions};
 
 const HEALTH_PORT: u16 = 10256;
 

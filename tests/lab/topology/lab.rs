@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::{NETWORK, Plan, PodLink, Store, Underlay};
 use crate::{
-    agent::{Agent, AgentFiles, AgentOptions, Status, SubnetEnv, rest},
+    agent::{Agent, AgentFiles, AgentOptions, Repetition, Status, SubnetEnv, repetitions},
     bpf::XdpLink,
     datastore::Datastore,
     lease_server::LeaseServer,
@@ -174,20 +174,6 @@ impl Lab {
         Ok(())
     }
 
-    /// Whether the agents have come to rest between what was done to them.
-    ///
-    /// # Errors
-    /// One said the same again and again.
-    pub fn at_rest(&self) -> Result<()> {
-        for host in &self.hosts {
-            let log = fs::read_to_string(host.files.log()).unwrap_or_default();
-            if let Some(unrest) = rest::unrest(&log) {
-                bail!("the agent on {} does not come to rest: {unrest}", host.name());
-            }
-        }
-        Ok(())
-    }
-
     /// The ends of all agents' logs, for messages.
     pub fn logs(&self) -> String {
         self.hosts
@@ -198,12 +184,38 @@ impl Lab {
             })
             .collect()
     }
+
+    /// What agents said so often that they never came to rest, a line each.
+    pub fn unrest(&self) -> String {
+        let said = |host: &Host| {
+            let log = fs::read_to_string(host.files.log()).unwrap_or_default();
+            let lines = repetitions(&log, crate::slower());
+            let say =
+                |line: &Repetition| format!("the agent on {} does not come to rest: {line}\n", host.name());
+            lines.iter().map(say).collect::<String>()
+        };
+        self.hosts.iter().map(said).collect()
+    }
+
+    /// What came of a test on this lab: its failure with the agents' last words, and a failure also where an agent did not
+    /// come to rest.
+    ///
+    /// # Errors
+    /// Each of these; none hides another.
+    pub fn verdict(&self, result: Result<()>) -> Result<()> {
+        let unrest = self.unrest();
+        match result {
+            Ok(()) if unrest.is_empty() => Ok(()),
+            Ok(()) => bail!("{unrest}{}", self.logs()),
+            Err(e) => bail!("{e:#}\n{unrest}{}", self.logs()),
+        }
+    }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}", self.logs());
+            eprintln!("{}{}", self.unrest(), self.logs());
         }
     }
 }

@@ -67,7 +67,8 @@ fn on(place: &mut Option<Lab>, underlay: Underlay, test: impl FnOnce(&mut Lab) -
         Some(lab) => lab,
         None => Lab::new("kernels").underlay(underlay).build()?,
     };
-    test(&mut lab).and_then(|()| lab.at_rest()).map_err(|e| anyhow!("{e:#}\n{}", lab.logs()))?;
+    let result = test(&mut lab);
+    lab.verdict(result)?;
     *place = Some(lab);
     Ok(())
 }
