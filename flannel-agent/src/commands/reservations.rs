@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use super::open;
 use crate::cli::{ReservationsAction, ReservationsCommand, StoreSettings};
 use crate::domain::lease::{Reservation, Subnets};
-use crate::stores::LeaseStore;
+use crate::stores::{LeaseStore, StoreError};
 
 /// Exit code 0 when it is done, 1 when not.
 pub async fn run(command: &ReservationsCommand) -> ExitCode {
@@ -22,8 +22,12 @@ pub async fn run(command: &ReservationsCommand) -> ExitCode {
 }
 
 async fn perform(command: &ReservationsCommand) -> Result<String, String> {
-    if let StoreSettings::Embedded(_) = *command.store {
-        return Err("the file belongs to a server: ask that one with --remote".to_owned());
+    match *command.store {
+        StoreSettings::Embedded(_) => {
+            return Err("the file belongs to a server: ask that one with --remote".to_owned());
+        }
+        StoreSettings::Kube(_) => return Err(StoreError::NoReservations.to_string()),
+        _ => {}
     }
     let store = match &command.network {
         None => open::store(&command.store).await.map_err(|error| error.to_string())?,

@@ -16,7 +16,7 @@ pub(crate) mod pem;
 mod registry;
 pub mod remote;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -192,9 +192,11 @@ const CONFIG_EXAMPLE: &str = r#"{"Network":"10.244.0.0/16"}"#;
 /// Whether a lease of these subnets could be given out under `config` (texts as flanneld's, contract §5.2).
 fn check_reservation(reservation: &Reservation, config: &NetworkConfig) -> Result<(), StoreError> {
     let subnets = &reservation.subnets;
-    if reservation.public_ip.is_unspecified() {
-        let address = reservation.public_ip;
-        return Err(StoreError::Conflict(format!("the reservation names no node: PublicIP is {address}")));
+    let address = reservation.public_ip;
+    if address.is_unspecified() || address.is_multicast() || address == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(StoreError::Conflict(format!(
+            "the reservation names no node: PublicIP is {address}, it must be an address other nodes can send to"
+        )));
     }
     if reservation.public_ip.is_ipv4() != config.v4.is_some() {
         let family = if config.v4.is_some() { "IPv4" } else { "IPv6" };
@@ -216,10 +218,18 @@ fn check_reservation(reservation: &Reservation, config: &NetworkConfig) -> Resul
     }
     if !allocator::fits(subnets, config) {
         return Err(StoreError::Conflict(format!(
-            "reservation subnet is outside of flannel network: {subnets} in {config}"
+            "reservation subnet is outside of flannel network: {subnets} where leases are {}",
+            ranges_of(config)
         )));
     }
     Ok(())
+}
+
+/// "from 10.1.1.0 to 10.1.255.0"
+fn ranges_of(config: &NetworkConfig) -> String {
+    let v4 = config.v4.map(|range| format!("from {} to {}", range.subnet_min, range.subnet_max));
+    let v6 = config.v6.map(|range| format!("from {} to {}", range.subnet_min, range.subnet_max));
+    v4.into_iter().chain(v6).collect::<Vec<_>>().join(" and ")
 }
 
 /// Who has a lease.

@@ -74,7 +74,9 @@ pub(crate) async fn a_reservation_that_cannot_be_is_refused_with_the_reason(grou
         ("10.5.130.0-24", "192.0.2.1", "overlaps lease 10.5.128.0-20"),
         ("10.6.1.0-24", "192.0.2.1", "is outside of flannel network"),
         ("10.5.1.0-25", "192.0.2.1", "has mask incompatible with network config"),
+        ("10.5.0.0-24", "192.0.2.1", "10.5.0.0-24 where leases are from 10.5.1.0 to 10.5.255.0"),
         ("10.5.1.0-24", "0.0.0.0", "names no node"),
+        ("10.5.1.0-24", "255.255.255.255", "must be an address other nodes can send to"),
     ] {
         let error = ground.node().reserve(&reservation(key, ip)).await.unwrap_err();
         ensure!(matches!(error, StoreError::Conflict(_)), "{key}: {error:?}");

@@ -309,6 +309,8 @@ pub(crate) async fn reservations_are_kept_by_a_command() -> Result<()> {
     assert_eq!(said, serde_json::json!([{"subnet": "10.5.9.0/24", "public_ip": "192.0.2.9"}]));
     let (code, _, errors) = agent(&["reservations", "add", "10.5.9.0/24", "192.0.2.8", &remote])?;
     ensure!(code == Some(1) && errors.contains("is leased by 192.0.2.9 already"), "{errors}");
+    let (code, _, errors) = agent(&["reservations", "list", "--kube-subnet-mgr"])?;
+    ensure!(code == Some(1) && errors.contains("this store keeps no reservations"), "{errors}");
     let (code, said, errors) = agent(&["reservations", "remove", "10.5.9.0/24", &remote])?;
     ensure!(code == Some(0) && said.contains("a lease like any other"), "{said}{errors}");
     let (_, said, _) = agent(&["reservations", "list", &remote])?;
