@@ -14,6 +14,7 @@ mod server;
 mod transcript;
 mod trouble;
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io::Write;
 use std::process::ExitCode;
@@ -36,10 +37,19 @@ const TROUBLE_LIMIT: Duration = Duration::from_secs(240);
 /// Everything the agent logs while the cases run.
 static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
+thread_local! {
+    /// Lines of a level that an operator sees. A case and all its tasks have one thread.
+    static LINES: Cell<u32> = const { Cell::new(0) };
+}
+
 struct Log;
 
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let line = String::from_utf8_lossy(bytes);
+        if [" INFO ", " WARN ", " ERROR "].iter().any(|level| line.contains(level)) {
+            LINES.set(LINES.get() + 1);
+        }
         LOG.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
         Ok(bytes.len())
     }
