@@ -36,9 +36,12 @@ fn main() -> ExitCode {
 fn log_to_stderr(settings: &Settings) {
     let level = settings.verbosity.level();
     // kube_client logs each failed call as an error of its own; we say once what it means. netlink_proto warns of each
-    // answer that nobody waits for any more: a look at the host that was broken off for something more urgent.
+    // answer that nobody waits for any more: a look at the host that was broken off for something more urgent. The TLS
+    // library's verifier logs each certificate that it refuses.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        EnvFilter::new(format!("warn,kube_client=off,netlink_proto=error,flannel_agent={level}"))
+        EnvFilter::new(format!(
+            "warn,kube_client=off,netlink_proto=error,rustls_platform_verifier=off,flannel_agent={level}"
+        ))
     });
     tracing_subscriber::fmt()
         .with_env_filter(filter)

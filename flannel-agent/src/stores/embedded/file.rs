@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
 
 /// Key → (revision, end in milliseconds since 1970 or 0 for none, value).
 const ENTRIES: TableDefinition<'_, &str, (u64, u64, &[u8])> = TableDefinition::new("entries");
@@ -114,8 +114,10 @@ impl File {
 fn open_sound(path: &Path) -> Result<(Database, Contents), EmbeddedError> {
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let database = Database::open(path).map_err(|error| unopened(path, &error))?;
-        let contents = read(&database)
-            .map_err(|error| EmbeddedError::Broken { path: path.into(), reason: error.to_string() })?;
+        let contents = read(&database).map_err(|error| match error {
+            redb::Error::Corrupted(reason) => EmbeddedError::Damaged { path: path.into(), reason },
+            error => EmbeddedError::Broken { path: path.into(), reason: error.to_string() },
+        })?;
         Ok((database, contents))
     }));
     opened.unwrap_or_else(|panic| {
@@ -177,6 +179,9 @@ fn write<'a>(
 fn unopened(path: &Path, error: &DatabaseError) -> EmbeddedError {
     match error {
         DatabaseError::DatabaseAlreadyOpen => EmbeddedError::InUse(path.into()),
+        DatabaseError::Storage(StorageError::Corrupted(reason)) => {
+            EmbeddedError::Damaged { path: path.into(), reason: reason.clone() }
+        }
         error => EmbeddedError::Open { path: path.into(), reason: error.to_string() },
     }
 }

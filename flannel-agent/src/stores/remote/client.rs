@@ -89,6 +89,11 @@ impl RemoteNetworks {
         if bases.is_empty() {
             return Err(RemoteOptionsError::NoServer);
         }
+        for plain in bases.iter().filter(|base| secure && base.starts_with("http:")) {
+            tracing::warn!(
+                "--remote says {plain}, so the TLS files are not used there and the connection is not protected"
+            );
+        }
         let tls = ClientTls { authorities, identity };
         // An answer of 500 is about what was asked; another server would say the same.
         let passes = |status: StatusCode| {
@@ -152,7 +157,7 @@ impl Remote {
                     reason: format!("{reason}; check {CA_FILE}, {CERT_FILE} and {KEY_FILE}"),
                 }
             } else {
-                StoreError::Unreachable { store, reason }
+                StoreError::Unreachable { store, reason: with_hint(reason) }
             }
         })?;
         if answered.0.status.is_success() {
@@ -199,6 +204,20 @@ impl Remote {
             store: self.name.clone(),
             reason: format!("its answer can't be understood: {error}"),
         })
+    }
+}
+
+/// What to do where one side speaks TLS and the other does not.
+fn with_hint(reason: String) -> String {
+    // hyper's words for a TLS alert, rustls's for HTTP.
+    if reason.contains("invalid HTTP version") {
+        format!("{reason}; if it speaks TLS, write https:// in --remote, or give {CA_FILE}")
+    } else if reason.contains("InvalidContentType") {
+        format!(
+            "{reason}; if it speaks no TLS, write http:// in --remote, or leave {CA_FILE} and {CERT_FILE} out"
+        )
+    } else {
+        reason
     }
 }
 

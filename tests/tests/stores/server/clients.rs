@@ -201,6 +201,14 @@ pub(crate) async fn clients_without_a_certificate_are_refused() -> Result<()> {
             "{why}: {error:?}"
         );
     }
+    // Where one side speaks TLS and the other does not, it says what to write.
+    let error = crate::server::node(&[server.address])?.network_config().await.unwrap_err().to_string();
+    ensure!(error.contains("write https:// in --remote, or give --remote-cafile"), "{error}");
+    let plain = serve(Arc::new(Counted::new()), None).await?;
+    let servers = vec![plain.address.to_string()];
+    let options = RemoteOptions { servers, ca_file: Some(authority.ca()), ..RemoteOptions::default() };
+    let error = RemoteNetworks::open(&options)?.network(None).network_config().await.unwrap_err().to_string();
+    ensure!(error.contains("write http:// in --remote, or leave --remote-cafile"), "{error}");
     // Plain HTTP gets no answer that looks like one.
     let answer =
         say(server.address, "GET /v1/_/config HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap_or_default();

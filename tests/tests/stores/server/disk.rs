@@ -139,10 +139,15 @@ pub(crate) async fn a_damaged_file_is_named_with_what_to_do() -> Result<()> {
         std::fs::write(&broken, bytes)?;
         if let Err(error) = Embedded::open(&broken) {
             let text = error.to_string();
-            ensure!(text.contains(&broken.display().to_string()), "{text}");
-            damaged += u32::from(text.contains("is damaged") && text.contains("move it away"));
+            ensure!(text.starts_with(&format!("{} is damaged", broken.display())), "{text}");
+            ensure!(text.contains("move it away"), "{text}");
+            damaged += 1;
         }
     }
+    let cut = files.path().join("cut.redb");
+    std::fs::write(&cut, &sound[..sound.len() - 4096])?;
+    let error = Embedded::open(&cut).err().context("a file that was cut off")?.to_string();
+    ensure!(error.contains("cut.redb is damaged"), "{error}");
     ensure!(damaged > 0, "no page of {} made redb panic", sound.len() / 4096);
     Ok(())
 }
