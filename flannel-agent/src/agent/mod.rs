@@ -10,6 +10,7 @@
 mod paths;
 mod report;
 mod retries;
+mod said;
 mod tenure;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ use tokio::time::{Instant as TokioInstant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::retries::Retries;
+use self::said::Said;
 use self::tenure::{Tenure, Turn};
 use self::underlay::Underlay;
 use crate::backends::{Backend, BackendContext};
@@ -122,6 +124,8 @@ pub struct Agent<H> {
     /// Nothing of ours was on the host when the agent started.
     found_nothing: bool,
     refused: BTreeSet<String>,
+    /// How many peers the log has told of.
+    peers_said: usize,
 }
 
 impl<H: Host> Agent<H> {
@@ -146,6 +150,7 @@ impl<H: Host> Agent<H> {
             paths,
             found_nothing: false,
             refused: BTreeSet::new(),
+            peers_said: 0,
         }
     }
 
@@ -255,11 +260,7 @@ impl<H: Host> Agent<H> {
             }
             LeaseEvent::Added(_) | LeaseEvent::Removed(_) | LeaseEvent::Unreadable(_) => {}
         }
-        let before = self.peers.len();
         let folded = self.peers.fold(event);
-        if folded.peers == Changed::Yes && self.peers.len() != before {
-            tracing::info!(peers = self.peers.len(), before, "peers changed");
-        }
         if folded.peers == Changed::Yes {
             self.peers_have_paths();
         }
@@ -311,6 +312,11 @@ impl<H: Host> Agent<H> {
 
     /// Makes the host look as it should, as far as it can be done now.
     async fn reconcile(&mut self) {
+        let peers = self.peers.len();
+        let before = std::mem::replace(&mut self.peers_said, peers);
+        if before != peers {
+            tracing::info!(peers, before, "peers changed");
+        }
         // A tunnel that was just put may have taken over the map of a former run, with peers that are gone:
         // look once more and compare again. Two rounds are enough, what is left comes with the next pass.
         for _ in 0..2 {
@@ -354,33 +360,30 @@ impl<H: Host> Agent<H> {
         }
         let results = self.host.apply(&changes).await;
         let Some(applied) = self.applied.as_mut() else { return false };
-        let mut tunnel = false;
+        let (mut tunnel, mut said) = (false, Said::default());
         for (change, result) in changes.iter().zip(results) {
             let key = change.item().key();
             match result {
                 Ok(()) => {
                     if self.retries.succeeded(&key) {
-                        tracing::info!("{change}: done after all");
+                        said.done_after_all(change);
                     } else {
                         tracing::debug!("{change}");
                     }
                     if matches!(change, Change::Put(_)) && self.retries.made(key, now) {
-                        tracing::warn!(
-                            "{change}: done {} times in a row, and undone within a second each time; from now on it is \
-                             done more and more seldom",
-                            retries::PROMPT,
-                        );
+                        said.undone(change);
                     }
                     applied.record(change);
                     tunnel |= matches!(change, Change::Put(HostItem::Tunnel(_)));
                 }
                 Err(error) => {
                     if self.retries.failed(key, &error.to_string(), now) {
-                        tracing::error!("{change} failed and will be tried again: {error}");
+                        said.failed(change, &error);
                     }
                 }
             }
         }
+        said.sum_up();
         tunnel
     }
 

@@ -152,3 +152,61 @@ async fn what_failed_while_the_interface_was_gone_is_tried_at_once_when_it_is_ba
     assert!(running.health.reasons().is_empty(), "{:?}", running.health.reasons());
     assert_eq!(running.end().await, End::Stopped);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_fails_for_all_peers_at_once_is_said_of_some_and_counted() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let running = Running::start("host-gw", FakeHost::new()).await;
+    running.ready().await;
+    let peers = 1..=100u8;
+    let key = |peer: u8| Key::Route(format!("10.1.{}.0/24", 100 + peer).parse().unwrap());
+    for peer in peers.clone() {
+        running.host.refuse(key(peer), format!("no way to 192.0.2.{}", 100 + peer));
+    }
+    for peer in peers.clone() {
+        running.peer(&format!("10.1.{}.0-24", 100 + peer), &format!("192.0.2.{}", 100 + peer), "host-gw");
+    }
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(log.count("INFO peers changed peers=100 before=0"), 1, "{log:?}");
+    assert_eq!(log.count("ERROR put route"), 8, "{log:?}");
+    assert_eq!(log.count("ERROR 92 more changes failed and will be tried again"), 1, "{log:?}");
+    for peer in peers {
+        running.host.allow(&key(peer));
+    }
+    running.ready().await;
+    assert_eq!((log.count("done after all"), log.count("INFO 92 more changes")), (9, 1), "{log:?}");
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+/// What was logged, by any clone.
+#[derive(Clone, Default)]
+struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Log {
+    fn count(&self, pattern: &str) -> usize {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).matches(pattern).count()
+    }
+}
+
+impl std::fmt::Debug for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.0.lock().unwrap()))
+    }
+}
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
