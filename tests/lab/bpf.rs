@@ -27,8 +27,6 @@ const ENABLE_STATS: libc::c_long = 32;
 const TYPE_XDP: u32 = 6;
 /// `BPF_PROG_TYPE_SCHED_CLS`
 const TYPE_CLASSIFIER: u32 = 3;
-/// `BPF_TCX_INGRESS` of `enum bpf_attach_type`
-const ATTACH_TCX_INGRESS: u32 = 46;
 /// `BPF_F_BEFORE`: without naming another program, before all of them.
 const BEFORE: u32 = 1 << 3;
 /// `TCX_NEXT`
@@ -37,10 +35,19 @@ const NEXT: i32 = -1;
 const ATTACH_XDP: u32 = 37;
 /// `XDP_FLAGS_DRV_MODE`, linux/if_link.h: the driver's own hook or nothing.
 const NATIVE: u32 = 1 << 2;
+/// `XDP_FLAGS_SKB_MODE`
+const GENERIC: u32 = 1 << 1;
 /// `XDP_PASS`
 const PASS: i32 = 2;
 /// `bpf_redirect()` of `enum bpf_func_id`
 const HELPER_REDIRECT: i32 = 23;
+
+/// Of `enum bpf_attach_type`.
+#[derive(Clone, Copy, Debug)]
+pub enum TcHook {
+    Ingress = 46,
+    Egress = 47,
+}
 
 /// An attached program; detached when dropped.
 #[derive(Debug)]
@@ -79,11 +86,31 @@ pub fn pass(namespace: &Namespace, device: &str) -> Result<XdpLink> {
     attach(namespace, device, &[instruction(0xb7, 0, PASS), instruction(0x95, 0, 0)])
 }
 
+/// As [`pass`], in the stack's own imitation, which any device has.
+///
+/// # Errors
+/// As [`redirect`].
+pub fn pass_generic(namespace: &Namespace, device: &str) -> Result<XdpLink> {
+    attach_in(GENERIC, namespace, device, &[instruction(0xb7, 0, PASS), instruction(0x95, 0, 0)])
+}
+
+/// As many classifiers as a tc hook holds (one less than `BPF_MPROG_MAX`, Linux 6.6), each of which hands packets on to the next.
+///
+/// # Errors
+/// As [`redirect`].
+pub fn fill(namespace: &Namespace, device: &str, hook: TcHook) -> Result<Vec<TcxLink>> {
+    (0..63).map(|_| classifier(namespace, device, hook)).collect()
+}
+
 /// A classifier before all others on tc ingress of `device`, which hands every packet on to the next (Linux 6.6).
 ///
 /// # Errors
 /// As [`redirect`].
 pub fn classifier_in_front(namespace: &Namespace, device: &str) -> Result<TcxLink> {
+    classifier(namespace, device, TcHook::Ingress)
+}
+
+fn classifier(namespace: &Namespace, device: &str, hook: TcHook) -> Result<TcxLink> {
     let ifindex = namespace.ifindex(device)?;
     let program = load(TYPE_CLASSIFIER, &[instruction(0xb7, 0, NEXT), instruction(0x95, 0, 0)])
         .context("load a classifier")?;
@@ -92,7 +119,7 @@ pub fn classifier_in_front(namespace: &Namespace, device: &str) -> Result<TcxLin
         let attributes = Attributes::default()
             .u32(descriptor(program.as_raw_fd()))
             .u32(ifindex)
-            .u32(ATTACH_TCX_INGRESS)
+            .u32(hook as u32)
             .u32(BEFORE);
         bpf_fd(LINK_CREATE, attributes).with_context(|| format!("attach a classifier to {device}"))
     })?;
@@ -106,16 +133,17 @@ fn instruction(opcode: u8, register: u8, immediate: i32) -> [u8; 8] {
 }
 
 fn attach(namespace: &Namespace, device: &str, code: &[[u8; 8]]) -> Result<XdpLink> {
+    attach_in(NATIVE, namespace, device, code)
+}
+
+fn attach_in(mode: u32, namespace: &Namespace, device: &str, code: &[[u8; 8]]) -> Result<XdpLink> {
     let ifindex = namespace.ifindex(device)?;
     let program = load(TYPE_XDP, code).context("load an XDP program")?;
     // struct link_create of union bpf_attr: prog_fd, target_ifindex, attach_type, flags
     let link = namespace.run(|| {
-        let attributes = Attributes::default()
-            .u32(descriptor(program.as_raw_fd()))
-            .u32(ifindex)
-            .u32(ATTACH_XDP)
-            .u32(NATIVE);
-        bpf_fd(LINK_CREATE, attributes).with_context(|| format!("attach native XDP to {device}"))
+        let attributes =
+            Attributes::default().u32(descriptor(program.as_raw_fd())).u32(ifindex).u32(ATTACH_XDP).u32(mode);
+        bpf_fd(LINK_CREATE, attributes).with_context(|| format!("attach XDP to {device}"))
     })?;
     Ok(XdpLink { _link: link })
 }

@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flannel_tests::{
-    agent::AgentOptions,
+    agent::{AgentOptions, Status},
+    bpf::{self, TcHook},
     probe::{ping::Ping, tcp::TcpPath},
     scenario::scenario,
     topology::{Lab, Pod, PodLink},
@@ -45,6 +46,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             "an_address_the_bridge_has_forgotten_and_what_is_beyond_4096_is_left_to_the_bridge",
             Lab::new("shortcut-many"),
             many,
+        ),
+        scenario(
+            "a_bridge_that_takes_no_program_of_ours_is_left_alone",
+            Lab::new("shortcut-refused"),
+            refused,
         ),
         scenario("routed_pods_need_no_shortcut", Lab::new("shortcut-routed").pods(PodLink::Routed), routed),
     ]
@@ -320,6 +326,34 @@ fn walk(folder: &std::path::Path) -> Result<Vec<String>> {
         names.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
     }
     Ok(names)
+}
+
+/// Legal, and refused all the same: every place at the bridge's hook is taken.
+fn refused(lab: &mut Lab) -> Result<()> {
+    lab.host(1).netns().ip("link add cni0 type bridge")?;
+    let others = bpf::fill(lab.host(1).netns(), "cni0", TcHook::Egress)?;
+    for index in 0..2 {
+        lab.host_mut(index).start_agent(&AgentOptions::new()?.datapath("auto"))?;
+    }
+    lab.wait_connected()?;
+    let env = lab.host(1).agent()?.subnet_env()?;
+    lab.host(1).netns().ip(&format!("addr add {}/{} dev cni0", env.gateway, env.prefix))?;
+    lab.host(1).netns().ip("link set cni0 up")?;
+    for index in 0..2 {
+        lab.host_mut(index).attach_pod()?;
+    }
+    let fits = |status: &Status| {
+        status.ready && status.path() == "tc+gro" && status.reasons().contains("no shortcut past the bridge")
+    };
+    let agent = lab.host(1).agent()?;
+    agent.wait_status("the reason", fits)?;
+    let repairs = || agent.log().matches("needs repair").count();
+    let before = repairs();
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(repairs() == before, "{} repairs in two seconds:\n{}", repairs() - before, agent.log());
+    ensure!(fits(&agent.status()?), "{:?}", agent.status()?);
+    drop(others);
+    lab.ping_all_pairs(3)
 }
 
 fn routed(lab: &mut Lab) -> Result<()> {

@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Result, ensure};
 use flannel_agent::host::udp::programs::inspect;
 use flannel_tests::{
-    agent::Status,
-    bpf,
+    agent::{AgentOptions, Status},
+    bpf::{self, TcHook},
     scenario::{IN_KERNEL, over, scenario},
     topology::{Host, Lab},
 };
@@ -29,6 +29,21 @@ pub(crate) fn trials() -> Vec<Trial> {
         "a_foreign_xdp_program_and_tc_filters_are_left_working",
         Lab::new("foreign-xdp"),
         foreign_xdp,
+    ));
+    trials.push(scenario(
+        "an_xdp_program_above_the_interface_that_keeps_ours_away_is_said_once_and_then_there_is_peace",
+        Lab::new("xdp-above"),
+        above,
+    ));
+    trials.push(scenario(
+        "auto_goes_from_user_space_to_the_kernel_when_what_kept_it_away_is_gone",
+        Lab::new("full-hook"),
+        full,
+    ));
+    trials.push(scenario(
+        "a_pair_that_was_out_of_shape_when_xdp_took_over_is_gone_too",
+        Lab::new("pair-left"),
+        pair,
     ));
     trials.push(scenario(
         "a_route_that_somebody_removes_all_the_time_is_put_back_more_and_more_seldom_and_for_good_in_the_end",
@@ -99,6 +114,62 @@ fn foreign_xdp(lab: &mut Lab) -> Result<()> {
 }
 
 /// As two agents on one host would do for ever, as fast as the kernel tells them.
+/// How often the tunnel was repaired.
+fn repairs(host: &Host) -> Result<usize> {
+    Ok(host.agent()?.log().matches("needs repair").count())
+}
+
+/// The kernel refuses a program below one on an upper device, with the same word as for a place that is taken.
+fn above(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(1).netns();
+    host.ip("link add link eth0 name above type macvlan")?;
+    let other = bpf::pass_generic(host, "above")?;
+    lab.bring_up(&["ebpf"; 2])?;
+    lab.ping_all_pairs(3)?;
+    let before = repairs(lab.host(1))?;
+    // Four looks.
+    sleep(Duration::from_secs(2));
+    let (status, after) = (lab.host(1).status()?, repairs(lab.host(1))?);
+    ensure!(status.ready && status.path() == "tc+gro", "{status:?}");
+    ensure!(status.reasons().contains("eth0 (driver veth) refused native XDP"), "{}", status.reasons());
+    ensure!(after == before, "{} repairs in two seconds:\n{}", after - before, lab.host(1).agent()?.log());
+    drop(other);
+    Ok(())
+}
+
+/// No kernel tells that there is room at a hook again.
+fn full(lab: &mut Lab) -> Result<()> {
+    let others = bpf::fill(lab.host(1).netns(), "eth0", TcHook::Ingress)?;
+    lab.bring_up(&["auto"; 2])?;
+    let agent = lab.host(1).agent()?;
+    let refused =
+        |status: &Status| status.ready && status.tier() == "tun" && status.reasons().contains("ERANGE");
+    agent.wait_status("user space, and why", refused)?;
+    lab.ping_all_pairs(3)?;
+    drop(others);
+    lab.host(1).agent()?.wait_status("the kernel's part", |status| status.path() == "tc+bridge")?;
+    lab.ping_all_pairs(3)?;
+    let said = lab.host(1).agent()?.log().matches("udp datapath tun on eth0: ").count();
+    ensure!(said == 1, "{said} times in the log:\n{}", lab.host(1).agent()?.log());
+    Ok(())
+}
+
+fn pair(lab: &mut Lab) -> Result<()> {
+    lab.bring_up(&["tc"; 2])?;
+    lab.host_mut(1).agent_mut()?.crash()?;
+    let host = lab.host(1).netns();
+    ensure!(host.has_device("flannel0d") && host.has_device("flannel0v"), "{}", host.ip("link")?);
+    host.ip("link set flannel0v down")?;
+    lab.host_mut(1).start_agent(&AgentOptions::new()?.datapath("ebpf"))?;
+    lab.wait_connected()?;
+    let host = lab.host(1);
+    host.agent()?.wait_status("XDP", |status| status.path() == "xdp" && status.ready)?;
+    for device in ["flannel0d", "flannel0v"] {
+        ensure!(!host.netns().has_device(device), "{device} is still there");
+    }
+    lab.ping_all_pairs(3)
+}
+
 fn duel(lab: &mut Lab) -> Result<()> {
     lab.bring_up(&["tc"; 2])?;
     let host = lab.host(1);

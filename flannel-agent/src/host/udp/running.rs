@@ -5,7 +5,7 @@ use std::collections::btree_map::Entry;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::Ipv4Net;
 
@@ -36,7 +36,13 @@ pub(super) struct Running {
     /// Entries of an earlier agent came with the maps; someone should compare them with what is wanted.
     adopted: bool,
     kernels_part: KernelsPart,
+    /// User space carries what the kernel could not: when that is tried again, and how long that was waited for.
+    again: Option<(Instant, Duration)>,
 }
+
+/// What kept the kernel's part away may be over soon (an interface that went in the middle) or never.
+const FIRST_AGAIN: Duration = Duration::from_secs(1);
+const LAST_AGAIN: Duration = Duration::from_secs(600);
 
 /// Hanging programs on interfaces takes the kernel some 10 ms each, for all of which it holds every other change of the
 /// network back (an RCU grace period under the rtnl lock, `tcx_entry_sync`). User space carries packets in less than one:
@@ -70,7 +76,16 @@ impl Running {
             complaint: None,
             adopted: false,
             kernels_part: KernelsPart::Settled,
+            again: None,
         }
+    }
+
+    fn try_again_in(&mut self, wait: Duration) {
+        self.again = Some((Instant::now() + wait, wait));
+    }
+
+    fn is_due_again(&self, now: Instant) -> bool {
+        self.again.is_some_and(|(due, _)| due <= now)
     }
 
     /// User space carries packets for as long as it takes to bring up the kernel's part.
@@ -101,6 +116,9 @@ impl Running {
         bpffs: &Path,
         tunnel: &Tunnel,
     ) -> Result<(), HostError> {
+        if let Some((_, waited)) = self.again {
+            self.try_again_in((2 * waited).min(LAST_AGAIN));
+        }
         let device = link(netlink, tunnel, &tunnel.device).await?;
         let underlay = link(netlink, tunnel, &tunnel.underlay).await?;
         let datapath = tunnel.options.datapath;
@@ -137,6 +155,9 @@ impl Running {
                 if self.tunnel.underlay != tunnel.underlay {
                     ladder::tear_down(netlink, bpffs, tunnel).await?;
                 }
+                if datapath == Datapath::Auto && self.again.is_none() {
+                    self.try_again_in(FIRST_AGAIN);
+                }
                 Rung { tier: Tier::Tun, reason }
             }
         };
@@ -144,6 +165,9 @@ impl Running {
             self.adopt_peers(tunnel)?;
         }
         self.refill()?;
+        if rung.tier != Tier::Tun {
+            self.again = None;
+        }
         self.set_role(match rung.tier {
             Tier::Xdp => Role::Exceptions { udp_gro: UdpGro::Allowed },
             Tier::TcBridge | Tier::TcGro | Tier::Tc => Role::Exceptions { udp_gro: UdpGro::Forbidden },
@@ -271,7 +295,7 @@ impl Running {
     /// The items that are truly in place.
     pub(super) async fn observe(&mut self, netlink: &Netlink) -> Vec<HostItem> {
         let mut items = Vec::new();
-        if self.is_up() && self.kernels_part != KernelsPart::Due {
+        if self.is_up() && self.kernels_part != KernelsPart::Due && !self.is_due_again(Instant::now()) {
             let mut health = self.look();
             if health.is_ok()
                 && let Some(kernel) = &self.kernel
@@ -365,7 +389,7 @@ impl Running {
         if touched {
             tracing::info!("somebody else changed entries of the peers' map of {}", self.tunnel.device);
         }
-        news | touched | std::mem::take(&mut self.adopted)
+        news | touched | self.is_due_again(Instant::now()) | std::mem::take(&mut self.adopted)
     }
 
     pub(super) fn has_peer(&self, subnet: Ipv4Net) -> bool {

@@ -30,6 +30,7 @@ impl KernelPath {
         }
         match (shortcut::find(netlink, tunnel.own_subnet).await, &self.shortcut) {
             (Ok(bridge), Some(shortcut)) if bridge == shortcut.bridge => Ok(()),
+            (Ok(bridge), None) if self.bridge_refused.as_ref() == Some(&bridge) => Ok(()),
             (Ok(bridge), _) => Err(format!("{} may be passed by now", bridge.name)),
             (Err(why), Some(shortcut)) => {
                 Err(format!("{} may not be passed by: {why}", shortcut.bridge.name))

@@ -140,10 +140,13 @@ async fn climb_with(
     path.take_place_back()?;
     path.xdp_taken = false;
     let xdp = match wish {
-        Ok(()) => patiently(leftovers, || path.attach_xdp()).await.map_err(|e| {
-            path.xdp_taken = is_taken(&e);
-            refused(&tunnel.underlay, &e)
-        }),
+        Ok(()) => match patiently(leftovers, || path.attach_xdp()).await {
+            Ok(()) => Ok(()),
+            Err(e) => {
+                path.xdp_taken = is_taken(&e) && has_xdp(netlink, &tunnel.underlay).await;
+                Err(refused(&tunnel.underlay, &e, path.xdp_taken))
+            }
+        },
         Err(why) => Err(why),
     };
 
@@ -158,10 +161,11 @@ async fn climb_with(
             path.leave_bridge()?;
             if pair.take().is_some() {
                 load(ground, pins, &Parts { pair: None, whole, probing }, slot)?.attach_all()?;
-                pins.remove_link(LinkPin::Gro)?;
-                pins.remove_link(LinkPin::Pass)?;
-                gro_pair::remove(netlink, &tunnel.device).await?;
             }
+            // One that was out of shape was not found above.
+            pins.remove_link(LinkPin::Gro)?;
+            pins.remove_link(LinkPin::Pass)?;
+            gro_pair::remove(netlink, &tunnel.device).await?;
             let path = slot.as_mut().ok_or_else(|| lost(tunnel))?;
             tune(ground, path, &[(Feature::Gro, Switch::On)]);
             Ok(Rung { tier: Tier::Xdp, reason: path.xdp_reason() })
@@ -174,7 +178,9 @@ async fn climb_with(
                 None => why,
                 Some(Ok(bridge)) => {
                     let path = load(ground, pins, &Parts { pair: None, whole, probing: false }, slot)?;
-                    match path.pass_by(netlink, bridge).await {
+                    let passed = path.pass_by(netlink, bridge.clone()).await;
+                    path.bridge_refused = passed.is_err().then_some(bridge);
+                    match passed {
                         Ok(reason) => {
                             gro_pair::remove(netlink, &tunnel.device).await?;
                             tune(ground, path, &[]);
@@ -227,9 +233,15 @@ fn is_taken(refusal: &Refusal) -> bool {
     matches!(refusal.errno, Some(libc::EBUSY | libc::EEXIST))
 }
 
+/// A refusal says "taken" of other things too: of a macvlan on the interface that has a program, for one
+/// (`dev_xdp_attach`, net/core/dev.c). Nobody would see that program go.
+async fn has_xdp(netlink: &Netlink, device: &str) -> bool {
+    netlink.link(device).await.is_ok_and(|link| link.is_some_and(|link| link.xdp.is_some()))
+}
+
 /// Why native XDP is not used, in words.
-fn refused(underlay: &str, refusal: &Refusal) -> String {
-    if is_taken(refusal) {
+fn refused(underlay: &str, refusal: &Refusal, taken: bool) -> String {
+    if taken {
         format!("another XDP program is on {underlay}: {}", refusal.reason())
     } else {
         let driver = Ethtool::open().and_then(|ethtool| ethtool.driver(underlay));

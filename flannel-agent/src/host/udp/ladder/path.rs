@@ -50,6 +50,8 @@ pub(in crate::host::udp) struct KernelPath {
     /// The shortcut is to be taken where it can.
     pub(super) wants_shortcut: bool,
     pub(super) shortcut: Option<Shortcut>,
+    /// It could be passed by, but the kernel refused; tried again with the next repair.
+    pub(super) bridge_refused: Option<PodBridge>,
     /// An earlier agent may have left its filter on a bridge that only it knew.
     pub(super) bridges_unswept: bool,
 }
@@ -117,6 +119,7 @@ pub(super) fn load<'s>(
                 tuned: Vec::new(),
                 wants_shortcut: wants_shortcut(ground),
                 shortcut: None,
+                bridge_refused: None,
                 bridges_unswept: true,
             });
         }
