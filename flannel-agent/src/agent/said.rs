@@ -18,6 +18,9 @@ pub(super) struct Said {
 
 impl Said {
     pub(super) fn failed(&mut self, change: &Change, error: &HostError) {
+        let (change, error) = (change.to_string(), error.to_string());
+        // Some errors name the change themselves.
+        let error = error.strip_prefix(&change).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&error);
         match one_more(&mut self.failed) {
             true => tracing::error!("{change} failed and will be tried again: {error}"),
             false => tracing::debug!("{change} failed and will be tried again: {error}"),
