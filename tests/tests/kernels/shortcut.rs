@@ -1,6 +1,9 @@
 //! What ends the shortcut past the pods' bridge and not every kernel has: VLANs on the bridge, and ebtables' own modules.
 
-use std::{thread::sleep, time::Duration};
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
@@ -12,6 +15,8 @@ use crate::{
     expected::{has_ebtables, has_vlan_filtering},
     tiers::{Choice, settle},
 };
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A port that is in no VLAN gets nothing from the bridge: nor may it from us.
 pub(crate) fn vlans(lab: &mut Lab, choice: &Choice) -> Result<()> {
@@ -48,6 +53,27 @@ pub(crate) fn ebtables(lab: &mut Lab, choice: &Choice) -> Result<()> {
     sleep(Duration::from_millis(500));
     for host in lab.hosts() {
         host.netns().ip("link set cni0 txqueuelen 999")?;
+    }
+    settle(lab, choice)
+}
+
+/// With the program that hung on it.
+pub(crate) fn gone(lab: &mut Lab, choice: &Choice) -> Result<()> {
+    let (host, env) = (lab.host(1), lab.host(1).agent()?.subnet_env()?);
+    host.netns().ip("link del dev cni0")?;
+    left(host, "no bridge has an address in")?;
+    for line in [
+        format!("link add cni0 mtu {} type bridge", env.mtu),
+        format!("addr add {}/{} dev cni0", env.gateway, env.prefix),
+        "link set cni0 up".to_owned(),
+        format!("link set {} master cni0 up", host.pod()?.port),
+    ] {
+        host.netns().ip(&line)?;
+    }
+    let pod = host.pod()?;
+    let started = Instant::now();
+    while Ping::new(&pod.netns, pod.gateway).count(1).run()?.lost() > 0 {
+        ensure!(started.elapsed() < LIMIT, "the pod does not reach {}", pod.gateway);
     }
     settle(lab, choice)
 }

@@ -86,6 +86,7 @@ pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
         if *option == "auto" {
             add("vlans_on_the_pods_bridge_end_the_shortcut_until_they_go".to_owned(), shortcut::vlans);
             add("ebtables_ends_the_shortcut_until_it_goes".to_owned(), shortcut::ebtables);
+            add("the_tunnel_settles_when_the_pods_bridge_goes_and_comes_back".to_owned(), shortcut::gone);
         }
         if matches!(*option, "xdp" | "tc") {
             add(format!("over_{option}_nothing_is_lost_by_a_change_of_the_map_layout"), another_layout);
@@ -93,6 +94,7 @@ pub(crate) fn trials(hosts: &Hosts) -> Vec<Trial> {
         if *option == "tc" {
             add("a_filter_that_would_swallow_the_tunnels_packets_ends_up_behind_ours".to_owned(), displaced);
             add("an_agent_that_can_t_have_its_tier_leaves_the_one_before_it_at_work".to_owned(), refused);
+            add("the_tunnel_settles_when_the_mtu_changes_while_xdp_awaits_its_proof".to_owned(), unproven);
         }
     }
     trials
@@ -305,6 +307,29 @@ fn refused(lab: &mut Lab, _: &Choice) -> Result<()> {
     let xdp = |status: &Status| status.ready && status.path() == "xdp";
     lab.host(1).agent()?.wait_status("XDP, now that it is free", xdp)?;
     drop(proof);
+    lab.ping_all_pairs(3)
+}
+
+/// No traffic proves the marks meanwhile. Whatever the way, the pair of the tier before is not left behind.
+fn unproven(lab: &mut Lab, _: &Choice) -> Result<()> {
+    lab.host_mut(1).agent_mut()?.crash()?;
+    lab.host_mut(1).start_agent(&AgentOptions::new()?.datapath("ebpf"))?;
+    lab.host_mut(1).agent_mut()?.wait_ready()?;
+    let host = lab.host(1);
+    for (underlay, tunnel) in [(1400, 1372), (1500, 1472)] {
+        host.netns().ip(&format!("link set eth0 mtu {underlay}"))?;
+        host.agent()?.wait_status("the MTU", |status| status.ready && status.mtu == tunnel)?;
+        // Two looks.
+        sleep(Duration::from_secs(1));
+        let status = host.status()?;
+        ensure!(status.ready && status.mtu == tunnel, "{status:?}");
+    }
+    let proof = Pings::start(lab)?;
+    host.agent()?.wait_status("XDP", |status| status.ready && status.path() == "xdp")?;
+    drop(proof);
+    for device in ["flannel0d", "flannel0v", "flannel0p", "flannel0g"] {
+        ensure!(!host.netns().has_device(device), "{device} is still there");
+    }
     lab.ping_all_pairs(3)
 }
 
