@@ -236,8 +236,10 @@ impl<H: Host> Agent<H> {
 
     /// The store says that this is our lease.
     fn hold(&mut self, lease: Lease) {
-        if lease.attrs.names_the_node_of(&self.node.backend.lease_attrs()) {
+        let names_us = lease.attrs.names_the_node_of(&self.node.backend.lease_attrs());
+        if names_us || self.tenure.is_settled() {
             self.health.done("lease");
+            self.peers.hold(&lease);
             // A former address is no longer ours once the store does not show it.
             self.renumber_peers();
         }

@@ -47,7 +47,7 @@ impl Said {
 
     /// At the end of the pass.
     pub(super) fn sum_up(self) {
-        let [failed, done, undone] = [self.failed, self.done, self.undone].map(|n| n.saturating_sub(FEW));
+        let [failed, done, undone] = self.rest();
         if failed > 0 {
             tracing::error!("{failed} more changes failed and will be tried again");
         }
@@ -58,10 +58,28 @@ impl Said {
             tracing::warn!("{undone} more changes are undone again and again, and done more and more seldom");
         }
     }
+
+    /// How many have not been said one by one.
+    fn rest(&self) -> [usize; 3] {
+        [self.failed, self.done, self.undone].map(|all| all.saturating_sub(FEW))
+    }
 }
 
 /// Whether this one is among the few.
 fn one_more(said: &mut usize) -> bool {
     *said += 1;
     *said <= FEW
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_happens_to_all_peers_at_once_a_few_are_said_and_the_rest_counted() {
+        let mut said = Said::default();
+        assert_eq!((0..100).filter(|_| one_more(&mut said.failed)).count(), 8);
+        assert_eq!((0..8).filter(|_| one_more(&mut said.done)).count(), 8);
+        assert_eq!(said.rest(), [92, 0, 0]);
+    }
 }

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
 use super::Node;
-use crate::domain::lease::Lease;
+use crate::domain::lease::{Lease, LeaseAttrs};
 use crate::stores::{LeaseRequest, LeaseStore, StoreError};
 
 /// After a failed renewal the store is asked again within this time (flanneld: after exactly a minute).
@@ -33,6 +33,9 @@ pub(super) struct Tenure {
     renewed: Instant,
     /// The store does not say yet what is published of this node now.
     outdated: bool,
+    /// What it was asked to say of the node, last. What it says may be another address: in Kubernetes an annotation of
+    /// the operator goes before ours.
+    asked: Option<LeaseAttrs>,
 }
 
 enum Next {
@@ -79,7 +82,13 @@ impl Tenure {
             held_since: now,
             renewed: now,
             outdated: false,
+            asked: None,
         }
+    }
+
+    /// The store has taken what is published of this node, and the lease is not being taken again.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.outdated && !matches!(self.next, Next::Asking(What::Retake, _) | Next::RetakeAt(_))
     }
 
     /// How long this agent has held the lease without a break.
@@ -170,7 +179,8 @@ impl Tenure {
                 if retake {
                     self.held_since = now;
                 }
-                if lease.attrs.names_the_node_of(&node.backend.lease_attrs()) {
+                let published = node.backend.lease_attrs();
+                if self.asked.as_ref().is_some_and(|asked| asked.names_the_node_of(&published)) {
                     self.outdated = false;
                     self.begin(&lease, now);
                 } else {
@@ -225,6 +235,7 @@ impl Tenure {
             previous: Some(lease.subnets),
             previous_only: true,
         };
+        self.asked = Some(request.attrs.clone());
         let task = tokio::spawn(async move {
             match what {
                 What::Renewal => store.rewrite(&lease, &request.attrs).await,

@@ -120,6 +120,12 @@ impl Peers {
         }
     }
 
+    /// The store has said that this is our lease, in answer to us: what it names as our address is ours.
+    pub fn hold(&mut self, lease: &Lease) {
+        self.own = lease.clone();
+        self.own_present = true;
+    }
+
     /// This node answers to other addresses from now on; those in our lease stay among them until the store shows others.
     /// Leases that are in the way now are refused, those that no longer are come back.
     pub fn renumber(&mut self, own_addresses: &[IpAddr]) -> Changed {
