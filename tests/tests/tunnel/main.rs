@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         ("removing_a_tunnel_leaves_nothing", tiers::removing),
         ("a_foreign_tc_program_stays_and_one_in_front_ends_up_behind", strangers::foreign_tc),
         ("another_that_insists_on_being_first_is_reported_and_left_there", strangers::contested),
+        ("a_sibling_that_comes_moves_and_goes_is_never_taken_for_a_stranger", strangers::sibling),
         ("a_foreign_xdp_program_stays_and_tc_is_taken_until_it_leaves", strangers::foreign_xdp),
         ("clsact_is_replaced_in_place_and_leaves_others_alone", strangers::clsact),
         ("a_new_agent_takes_over_without_losing_a_packet", takeover::nothing_lost),

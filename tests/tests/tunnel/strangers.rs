@@ -1,5 +1,7 @@
 //! Programs and filters of others on our interfaces: they go on working, and so do ours.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -9,7 +11,9 @@ use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use flannel_agent::domain::host_state::Datapath;
 use flannel_agent::host::udp::object;
-use flannel_agent::host::udp::programs::{self, Hook, LinkPin, Order, PinFolder, Programs, Side};
+use flannel_agent::host::udp::programs::{
+    self, Hook, LinkPin, Order, PinFolder, Programs, Side, ensure_bpffs,
+};
 use flannel_common::tunnel::Settings;
 
 use crate::rig::{Rig, UNDERLAY};
@@ -124,6 +128,60 @@ pub(crate) fn foreign_xdp() -> Result<()> {
     rig.b.put(rig.b.tunnel(Datapath::Ebpf))?;
     ensure!(rig.b.tier()? == "xdp" && rig.b.is_in_place()?, "{:?}", rig.b.report()?);
     rig.talks()
+}
+
+/// Another tunnel of this host puts its program in front of ours, replaces it, moves it and takes it away, as fast as it
+/// can: none of what is between two of its system calls makes it somebody else's.
+pub(crate) fn sibling() -> Result<()> {
+    const ROUNDS: usize = 50;
+    let rig = Rig::new()?;
+    let bpffs = rig.b.bpffs.clone();
+    rig.b.run(move |_| -> Result<()> {
+        ensure_bpffs(&bpffs)?;
+        let settings =
+            |port: u16| Settings { network: u32::MAX, network_mask: u32::MAX, port, ..Settings::default() };
+        let load = |device: &str, port| -> Result<(Programs, PinFolder)> {
+            let pins = PinFolder::new(&bpffs, device);
+            pins.prepare(&bpffs)?;
+            Ok((Programs::load(settings(port), &pins)?.0, pins))
+        };
+        let (mut ours, pins) = load("flannel0", 1)?;
+        let kind = ours.attach_tc(programs::INGRESS, &ingress()?, &pins)?;
+        let ((mut first, theirs), (mut second, _)) = (load("flannel1", 2)?, load("flannel1", 3)?);
+        let ended = AtomicBool::new(false);
+        // Threads are in the network namespace of the one that starts them.
+        thread::scope(|scope| {
+            let comes_and_goes = scope.spawn(|| -> Result<()> {
+                let hook = ingress()?;
+                for _ in 0..ROUNDS {
+                    first.attach_tc(programs::INGRESS, &hook, &theirs)?;
+                    second.attach_tc(programs::INGRESS, &hook, &theirs)?;
+                    first.attach_in_front(programs::INGRESS, kind, &hook, &theirs)?;
+                    theirs.remove_link(hook.pin)?;
+                }
+                Ok(())
+            });
+            let watches = scope.spawn(|| -> Result<usize> {
+                let (hook, mut looks) = (ingress()?, 0);
+                while !ended.load(Ordering::Relaxed) {
+                    let ahead = ours.ahead_of(programs::INGRESS, kind, &hook, &pins);
+                    ensure!(
+                        ahead.is_none(),
+                        "look {looks}: a stranger is {}",
+                        ahead.map(|a| a.what).unwrap_or_default()
+                    );
+                    looks += 1;
+                }
+                Ok(looks)
+            });
+            let gone = comes_and_goes.join();
+            ended.store(true, Ordering::Relaxed);
+            let looks = watches.join().map_err(|_| anyhow!("the watcher panicked"))??;
+            gone.map_err(|_| anyhow!("the sibling panicked"))??;
+            ensure!(looks > ROUNDS, "{looks} looks");
+            Ok(())
+        })
+    })
 }
 
 /// Where packets come in, asked for inside a node.

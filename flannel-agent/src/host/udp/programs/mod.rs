@@ -16,6 +16,7 @@ mod pins;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
+use std::path::PathBuf;
 
 use aya::programs::links::{FdLink, LinkOrder};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
@@ -174,6 +175,7 @@ impl Programs {
         let pin = pins.link(hook.pin);
         let program = self.classifier(name)?;
         let id = program.info().map_err(|e| Refusal::from_program(doing(), &e))?.id();
+        let _turn = pins.turn();
         match adopt(&pin, LinkKind::Tcx(hook.side.tcx()), hook.ifindex, id)
             .map_err(|e| e.into_refusal(doing()))?
         {
@@ -237,6 +239,7 @@ impl Programs {
             return clsact::attach_in_front(program, hook, name);
         }
         let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let _turn = pins.turn();
         let id = program
             .attach_with_options(hook.device, hook.side.tc(), order)
             .map_err(|e| Refusal::from_program(doing(), &e))?;
@@ -286,16 +289,18 @@ impl Programs {
             return Some(Front { what, stays: filter.priority == 1 });
         }
         let id = self.id(name)?;
-        let programs = inspect::tcx_programs(hook.ifindex, hook.side.tcx()).ok()?;
-        let mut ahead = programs.into_iter().take_while(|other| *other != id).peekable();
-        ahead.peek()?;
-        let siblings: Vec<u32> = pins
-            .of_other_devices(hook.pin)
-            .iter()
-            .filter_map(|pin| inspect::pinned_link(pin).ok()??.program.into())
-            .collect();
-        let other = ahead.find(|program| !siblings.contains(program))?;
-        Some(Front { what: format!("BPF program {other}"), stays: false })
+        let programs = || inspect::tcx_programs(hook.ifindex, hook.side.tcx()).ok();
+        let pinned = |pin: &PathBuf| Some(inspect::pinned_link(pin).ok()??.program);
+        // A sibling hangs on the hook before it is pinned, and takes its turn for that.
+        let _turn = pins.turn();
+        let ahead: Vec<u32> = programs()?.into_iter().take_while(|other| *other != id).collect();
+        if ahead.is_empty() {
+            return None;
+        }
+        let siblings: Vec<u32> = pins.of_other_devices(hook.pin).iter().filter_map(pinned).collect();
+        let other = ahead.into_iter().find(|program| !siblings.contains(program))?;
+        // One that leaves takes none: what is gone by now was no stranger to reckon with either.
+        programs()?.contains(&other).then(|| Front { what: format!("BPF program {other}"), stays: false })
     }
 
     /// Hangs XDP decapsulation on the interface in native mode, the build with fragments where the plain one does not

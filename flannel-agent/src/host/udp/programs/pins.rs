@@ -8,9 +8,11 @@
 //! change, which a reboot undoes. Names on a bpffs can't contain a dot (the kernel refuses them), so it is written
 //! as a colon, which no device name contains.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use flannel_common::LAYOUT_VERSION;
 use nix::mount::{MsFlags, mount};
@@ -24,6 +26,8 @@ use crate::host::udp::ethtool::{Feature, Switch};
 const LINK_PREFIX: &str = "link_";
 /// Ends the name of a link that is about to take another one's place.
 const SUCCESSOR: &str = "_next";
+/// How long to wait for another tunnel's turn, which is a few system calls; who holds it longer was stopped.
+const TURN: Duration = Duration::from_secs(1);
 /// Where a program is pinned for a moment while it is loaded.
 const PASSAGE: &str = "loading";
 /// Folder of notes on changed offloads.
@@ -118,6 +122,7 @@ impl PinFolder {
         for name in names_in(&self.current).iter().filter(|name| name.ends_with(SUCCESSOR)) {
             drop_link(&self.current.join(name)).map_err(|e| failed(&e))?;
         }
+        let _turn = self.turn();
         for other in self.other_versions() {
             let is_ours =
                 |name: &String| name.starts_with(LINK_PREFIX) || name == CHANGED || name == XDP_DISPROVED;
@@ -130,6 +135,25 @@ impl PinFolder {
             }
         }
         Ok(())
+    }
+
+    /// Waits for our turn among the tunnels of this bpffs. Until it is dropped, no other one, of this agent or another, puts
+    /// a program on a hook or names its pin, so nobody sees what is between the two. Two in one thread would wait for each
+    /// other.
+    #[must_use]
+    pub(super) fn turn(&self) -> Option<File> {
+        let folder = File::open(self.device.parent()?).ok()?;
+        let started = Instant::now();
+        loop {
+            match folder.try_lock() {
+                Ok(()) => return Some(folder),
+                Err(TryLockError::WouldBlock) if started.elapsed() < TURN => sleep(Duration::from_millis(1)),
+                Err(e) => {
+                    tracing::debug!("the turn of the tunnel pinned in {}: {e}", self.device.display());
+                    return None;
+                }
+            }
+        }
     }
 
     /// The pins of this link that other tunnels may have.
