@@ -70,7 +70,16 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
 /// Runs the trials as `cargo test` asks for them, or reports each as ignored with the reason `ready` gives.
 /// With [`REQUIRE_ROOT`] set to `1` that reason is printed and no test is run (exit code 1).
 pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
-    let arguments = Arguments::from_args();
+    run_with(Arguments::from_args(), ready, trials)
+}
+
+/// [`run`], one after the other as they are listed, for trials that share something: what one leaves behind meets the same
+/// one every time.
+pub fn run_in_order(trials: Vec<Trial>) -> ExitCode {
+    run_with(Arguments { test_threads: Some(1), ..Arguments::from_args() }, require, trials)
+}
+
+fn run_with(arguments: Arguments, ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
     let trials = match std::env::var(ONLY) {
         Ok(list) if !list.is_empty() => match named(trials, &list) {
             Ok(trials) => trials,

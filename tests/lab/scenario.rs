@@ -55,8 +55,17 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
     run_when(privilege::require, trials)
 }
 
+/// [`run`] for trials that share a lab.
+pub fn run_in_order(trials: Vec<Trial>) -> ExitCode {
+    with_own_mounts(|| privilege::run_in_order(trials))
+}
+
 /// [`run`] for trials that need less, or more, than root and eBPF programs.
 pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCode {
+    with_own_mounts(|| privilege::run_when(ready, trials))
+}
+
+fn with_own_mounts(run: impl FnOnce() -> ExitCode) -> ExitCode {
     // Each host of a lab mounts a bpffs.
     if privilege::require_root().is_ok()
         && let Err(e) = private_mounts()
@@ -64,5 +73,5 @@ pub fn run_when(ready: fn() -> Result<(), String>, trials: Vec<Trial>) -> ExitCo
         eprintln!("error: {e:#}");
         return ExitCode::FAILURE;
     }
-    privilege::run_when(ready, trials)
+    run()
 }

@@ -2,8 +2,8 @@
 //! `cargo xtask vm` runs on every kernel of its matrix, and `cargo xtask test` on this one.
 //!
 //! Emulated, everything takes ten times as long, and most of that would go into starting etcd and building hosts. So all
-//! tests share one lab (two where network cards are lent), one after the other, each beginning with agents of its own;
-//! after a failure the next one gets a new lab. What is expected of which kernel is in `expected.rs`.
+//! tests share one lab (two where network cards are lent), one after the other as they are listed, each beginning with
+//! agents of its own; after a failure the next one gets a new lab. What is expected of which kernel is in `expected.rs`.
 
 mod expected;
 mod hosts;
@@ -14,7 +14,7 @@ mod tiers;
 use std::process::ExitCode;
 
 use flannel_tests::{
-    scenario::run,
+    scenario::run_in_order,
     topology::{Underlay, cards},
 };
 
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     if cards::are_lent() {
         trials.extend(tiers::trials_on_cards(&with_cards));
     }
-    let code = run(trials);
+    let code = run_in_order(trials);
     drop((hosts, with_cards));
     code
 }

@@ -1,7 +1,12 @@
 //! Every value of `--udp-datapath`: which tier is taken and why, that everything passes, and what an agent that is killed
 //! and comes back costs.
 
-use std::{fs, iter, path::PathBuf, thread::sleep, time::Duration};
+use std::{
+    fs, iter,
+    path::PathBuf,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_common::LAYOUT_VERSION;
@@ -21,6 +26,7 @@ use crate::{
 };
 
 const STREAM: u64 = 2 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A value of `--udp-datapath` and what it comes to between two hosts whose interfaces are veth.
 pub(crate) struct Choice {
@@ -291,6 +297,15 @@ fn displaced(lab: &mut Lab, choice: &Choice) -> Result<()> {
     lab.ping_all_pairs(3)?;
     for number in [10, 1] {
         host.netns().output(&format!("tc filter del dev eth0 ingress priority {number}"))?;
+    }
+    if attachment() == Attachment::Clsact {
+        // Ours stays at the number it moved to; made anew with all the rest, it has its own again.
+        host.netns().output("tc qdisc del dev eth0 clsact")?;
+        let started = Instant::now();
+        while !host.netns().output("tc filter show dev eth0 ingress")?.contains("pref 50 bpf") {
+            ensure!(started.elapsed() < LIMIT, "the filter is not put back: {}", host.status()?.reasons());
+            sleep(Duration::from_millis(50));
+        }
     }
     settle(lab, choice)
 }
