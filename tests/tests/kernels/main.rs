@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     let with_cards = hosts::Hosts::on(Underlay::Cards);
     if cards::are_lent() {
         trials.extend(tiers::trials_on_cards(&with_cards));
+        trials.push(networks::trial_on_cards(&with_cards));
     }
     let code = run_in_order(trials);
     drop((hosts, with_cards));

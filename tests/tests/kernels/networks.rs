@@ -18,7 +18,7 @@ use flannel_tests::{
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::hosts;
+use crate::hosts::{self, Hosts};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const NETWORKS: [&str; 2] = ["blue", "green"];
@@ -29,12 +29,31 @@ pub(crate) fn trial() -> Trial {
         Lab::new("kernels-networks").without_config(),
         |lab| {
             let _turn = hosts::turn();
-            two(lab)
+            two(lab, ["tc+gro"; 2])
         },
     )
 }
 
-fn two(lab: &mut Lab) -> Result<()> {
+/// Native XDP has room for one program on an interface: one network has it, and the other's packets pass it.
+pub(crate) fn trial_on_cards(hosts: &Hosts) -> Trial {
+    hosts.trial(
+        "between_cards_two_udp_networks_are_carried_by_xdp_and_by_tc_and_the_one_that_stays_takes_xdp",
+        |lab| {
+            two(lab, ["tc+gro", "xdp"])?;
+            for host in lab.hosts() {
+                let started = Instant::now();
+                while tiers(host, &NETWORKS[..1])? != ["xdp"] {
+                    ensure!(started.elapsed() < LIMIT, "{}: {}", host.name(), tunnel(host, NETWORKS[0])?);
+                    sleep(Duration::from_millis(50));
+                }
+            }
+            Ok(())
+        },
+    )
+}
+
+/// The tiers that both are to have between them, in the order of their names.
+fn two(lab: &mut Lab, wanted: [&str; 2]) -> Result<()> {
     for (name, json) in NETWORKS.into_iter().zip([
         r#"{"Network":"10.1.0.0/16"}"#,
         r#"{"Network":"10.2.0.0/16","Backend":{"Type":"udp","Port":8286}}"#,
@@ -59,7 +78,8 @@ fn two(lab: &mut Lab) -> Result<()> {
         }
     }
     for host in lab.hosts() {
-        in_the_kernel(host)?;
+        let tiers = tiers(host, &NETWORKS)?;
+        ensure!(tiers == wanted, "{}: {tiers:?}", host.name());
     }
     // One leaves, and takes nothing of the other's along.
     let to = SubnetEnv::read(&folder(lab.host(1)).join("blue.env"))?.base();
@@ -80,15 +100,17 @@ fn two(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// Both in the kernel, and none takes the other for a stranger.
-fn in_the_kernel(host: &Host) -> Result<()> {
-    for name in NETWORKS {
+/// The tiers of these networks' tunnels, in the order of their names. None takes the other for a stranger.
+fn tiers(host: &Host, networks: &[&str]) -> Result<Vec<String>> {
+    let mut tiers = Vec::new();
+    for name in networks {
         let tunnel = tunnel(host, name)?;
-        ensure!(tunnel["tier"] == "tc+gro", "{}: {name}: {tunnel}", host.name());
         let reason = tunnel["reason"].as_str().unwrap_or_default();
         ensure!(!reason.contains("displaced") && !reason.contains("before ours"), "{name}: {reason}");
+        tiers.push(tunnel["tier"].as_str().unwrap_or_default().to_owned());
     }
-    Ok(())
+    tiers.sort();
+    Ok(tiers)
 }
 
 fn tunnel(host: &Host, network: &str) -> Result<Value> {
