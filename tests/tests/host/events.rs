@@ -63,12 +63,24 @@ pub(crate) async fn own_echo() -> Outcome {
     quiet(&mut host).await;
     let wanted = state((0..100).map(|n| route(&format!("10.5.{n}.0/24"), "10.9.0.2")));
     go(&mut host, &HostState::new(), &wanted).await;
+    // A listener that has much to read slows down every change: the kernel waits for it.
+    assert_eq!(unread(), 0, "bytes that nobody has read");
     let woken = tokio::time::timeout(Duration::from_millis(500), host.news()).await;
     assert!(woken.is_err(), "woken by our own routes");
     ip("route del 10.5.50.0/24");
     let woken = tokio::time::timeout(Duration::from_secs(1), host.news()).await;
     assert!(woken.is_ok(), "not woken by another's deletion");
     Ok(())
+}
+
+/// Bytes in the sockets of this namespace that listen to changes (the kernel's own columns: Groups, Rmem).
+fn unread() -> u64 {
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
+    let sockets = sockets.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let listening = sockets.filter(|fields| fields[3] != "00000000");
+    let bytes: Vec<u64> = listening.map(|fields| fields[4].parse().unwrap()).collect();
+    assert!(!bytes.is_empty(), "nobody listens");
+    bytes.iter().sum()
 }
 
 pub(crate) async fn overrun() -> Outcome {

@@ -95,6 +95,22 @@ fn underlay() {
     ip("link set under1 up");
 }
 
+/// Returns once the kernel has made all there is to be of the underlay by itself: carrier, link-local addresses that nobody
+/// else has (RFC 4862 §5.4), their routes.
+async fn settled() {
+    let started = Instant::now();
+    loop {
+        let (links, addresses, routes) = (ip("-o link"), ip("-o addr"), ip("-6 route show table local"));
+        let up = links.lines().filter(|line| line.contains("under") && line.contains("state UP")).count();
+        let own = routes.lines().filter(|line| line.starts_with("local fe80:")).count();
+        if up == 2 && own == 2 && !addresses.contains("tentative") {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "it never settles:\n{links}{addresses}{routes}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 fn host() -> Result<LinuxHost, HostError> {
     LinuxHost::new(
         Scope {

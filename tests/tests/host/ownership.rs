@@ -20,6 +20,7 @@ pub(crate) async fn foreign() -> Outcome {
     for route in foreign {
         ip(&format!("route add {route}"));
     }
+    settled().await;
     let before = [ip("route show table all"), ip("-6 route show table all"), ip("-o addr"), ip("-o link")];
     let mut host = host()?;
     assert_eq!(host.observe().await?, HostState::new());

@@ -6,7 +6,9 @@
 //! One thing is urgent: a device whose MTU is not what it was. Until the tunnel above it follows, the kernel takes packets
 //! that no longer fit and loses them.
 //!
-//! Left out are the echoes of our own requests (they carry our port), and what can't concern an agent: other tables,
+//! Left out are the echoes of our own requests (they carry our port), in the kernel already: nobody reads while thousands of
+//! routes are put, and once a listener's buffer is half full the kernel gives the CPU away after each change
+//! (netlink_broadcast_filtered in net/netlink/af_netlink.c), which on a busy machine made seconds of milliseconds. And what can't concern an agent: other tables,
 //! the neighbour discovery's route clones, IPv6 routes of others outside the watched networks, addresses that a
 //! router advertisement refreshes.
 
@@ -14,6 +16,7 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -66,6 +69,7 @@ impl Netlink {
     pub fn events(&self, networks: Vec<IpNet>) -> Result<Events, HostError> {
         let failed = |e: io::Error| HostError::new("subscribe to network changes", describe_io(&e));
         let mut socket = open_socket().map_err(failed)?;
+        keep_echoes_out(&socket, self.connection.port);
         let groups = libc::RTMGRP_LINK
             | libc::RTMGRP_IPV4_IFADDR
             | libc::RTMGRP_IPV4_ROUTE
@@ -82,6 +86,41 @@ impl Netlink {
             last: None,
             broken: false,
         })
+    }
+}
+
+/// Notifications that carry this port take no room in the socket. Where a kernel refuses that, they are read and left out.
+fn keep_echoes_out(socket: &TokioSocket, port: u32) {
+    /// Where `nlmsg_pid` is in a notification, of which the kernel puts one in a datagram (netlink(7)).
+    const PORT: u32 = 12;
+    let step = |code: u32, k: u32, jump: (u8, u8)| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or_default(),
+        jt: jump.0,
+        jf: jump.1,
+        k,
+    };
+    let mut steps = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, PORT, (0, 0)),
+        // Loaded as a number of the network's order, in which it is not.
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, u32::from_be_bytes(port.to_ne_bytes()), (0, 1)),
+        step(libc::BPF_RET | libc::BPF_K, 0, (0, 0)),
+        step(libc::BPF_RET | libc::BPF_K, u32::MAX, (0, 0)),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: steps.as_mut_ptr() };
+    let size = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
+    // SAFETY: the kernel copies the program and its four steps, which live until it has.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.socket_ref().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size,
+        )
+    };
+    if done != 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!("echoes of our own changes can't be kept out: {}", describe_io(&error));
     }
 }
 

@@ -54,6 +54,10 @@ pub const BATCH: usize = 200;
 /// this long is asked for again.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The kernel carries a batch out in the call that sends it. Where that takes longer than [`PATIENCE`], all it has to say
+/// waits to be read, by the very thread that was in the call.
+const READING: Duration = Duration::from_secs(1);
+
 /// Receive buffer in bytes, beyond `net.core.rmem_max`: a route dump's or event storm's worth.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
@@ -143,7 +147,11 @@ impl Netlink {
         // Sequence numbers of a batch are consecutive; with an answer to each, their order is the batch's.
         let mut by_sequence: BTreeMap<u32, Answer> = BTreeMap::new();
         let failure = loop {
-            match tokio::time::timeout(PATIENCE, stream.next()).await {
+            let said = match tokio::time::timeout(PATIENCE, stream.next()).await {
+                Err(_) => tokio::time::timeout(READING, stream.next()).await,
+                said => said,
+            };
+            match said {
                 Err(_) => break Failure::Lost,
                 Ok(None) => break Failure::Closed,
                 Ok(Some(message)) => {
