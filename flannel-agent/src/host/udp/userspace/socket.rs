@@ -409,11 +409,15 @@ fn bind_reason(error: &io::Error, local: Ipv4Addr, port: u16) -> String {
 mod tests {
     use super::*;
 
+    /// Of one port on two addresses. Which ones are free on both is known once both are bound.
     fn pair() -> (Socket, Socket) {
         let loopback = |last| Ipv4Addr::new(127, 0, 0, last);
-        let first = Socket::bind(loopback(1), 0).unwrap();
-        let port = local_port(&first);
-        (Socket { port, ..first }, Socket::bind(loopback(2), port).unwrap())
+        let mut tries = (0..50).filter_map(|_| {
+            let first = Socket::bind(loopback(1), 0).unwrap();
+            let port = local_port(&first);
+            Some((Socket { port, ..first }, Socket::bind(loopback(2), port).ok()?))
+        });
+        tries.next().unwrap()
     }
 
     fn local_port(socket: &Socket) -> u16 {
