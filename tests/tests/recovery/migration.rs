@@ -60,7 +60,7 @@ fn side_by_side(lab: &mut Lab) -> Result<()> {
     let follower = migrate(lab)?.arg("--follow").stdout(output.try_clone()?).stderr(output).spawn()?;
     let follower = Follower(follower);
     let started = Instant::now();
-    while !tail(&log).contains("following") {
+    while !tail(&log).contains("both keyspaces are alike") {
         ensure!(started.elapsed() < Duration::from_secs(20), "it does not follow: {}", tail(&log));
         sleep(Duration::from_millis(50));
     }

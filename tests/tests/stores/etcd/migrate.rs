@@ -1,8 +1,11 @@
 //! `migrate-etcd`: a cluster's leases from v2's keyspace into v3's, with nodes in both.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -157,7 +160,8 @@ impl Follower {
         std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| told.send(line)));
         std::thread::spawn(move || errors.lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
         let follower = Self { process, lines };
-        follower.says("following")?;
+        // A change before that is none to it.
+        follower.says("both keyspaces are alike")?;
         Ok(follower)
     }
 
@@ -306,35 +310,55 @@ pub(crate) async fn no_subnet_is_left_with_two_owners() -> Result<()> {
     etcd.v2().put(&format!("{PREFIX}/config"), CONFIG, None)?;
     let follower = Follower::start(&etcd)?;
     let config = network(&format!("10.5.{SUBNETS}.0"));
+    let (held, over) = (Arc::new(Mutex::new(BTreeMap::new())), Arc::new(AtomicBool::new(false)));
     let nodes = (1..=16_u8).map(|number| {
         let api = if number % 2 == 0 { EtcdApi::V2 } else { EtcdApi::V3 };
         let (node, request) =
             (store(api, &[etcd.endpoint()]), request(&config, &format!("192.0.2.{number}")));
+        let (held, over) = (held.clone(), over.clone());
         tokio::spawn(async move {
             let node = node?;
             let mut lease = node.acquire(&request).await?;
             // As an agent does: one that lost its lease is started again and takes another.
-            for _ in 0..30 {
+            while !over.load(Ordering::SeqCst) {
+                held.lock().unwrap().insert(number, (lease.subnets, lease.attrs.public_ip));
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 lease = match node.renew(&lease).await {
                     Err(StoreError::LeaseLost { .. }) => node.acquire(&request).await?,
                     other => other?,
                 };
             }
-            anyhow::Ok((lease.subnets, lease.attrs.public_ip))
+            anyhow::Ok(())
         })
     });
-    let mut held = Vec::new();
+    let nodes: Vec<_> = nodes.collect();
+    // Once each has one of its own, which is the same on both sides, nothing is left that could change that.
+    let started = Instant::now();
+    loop {
+        let held = held.lock().unwrap().clone();
+        let subnets: BTreeSet<_> = held.values().map(|(subnets, _)| subnets.to_string()).collect();
+        let mut alike = 0;
+        for (subnets, public_ip) in held.values() {
+            let (key, owner) = (format!("subnets/{subnets}"), format!("\"{public_ip}\""));
+            let (old, new) = (in_v2(&etcd, &key)?, in_v3(&etcd, &key).await?);
+            let owned =
+                |side: Option<(String, Option<i64>)>| side.is_some_and(|(value, _)| value.contains(&owner));
+            alike += usize::from(owned(old) && owned(new));
+        }
+        if (held.len(), subnets.len(), alike) == (16, 16, 16) {
+            break;
+        }
+        ensure!(started.elapsed() < 2 * PATIENCE, "{alike} of {held:?} are alike");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    over.store(true, Ordering::SeqCst);
     for node in futures_util::future::join_all(nodes).await {
-        held.push(node??);
+        node??;
     }
-    for (subnets, public_ip) in &held {
-        let owner = format!("\"{public_ip}\"");
-        both(&etcd, &format!("subnets/{subnets}"), "its owner", |value, _| value.contains(&owner)).await?;
-    }
-    held.sort_by_key(|(subnets, _)| subnets.to_string());
-    held.dedup_by_key(|(subnets, _)| *subnets);
-    assert_eq!(held.len(), 16);
+    let mut known: Vec<_> = held.lock().unwrap().values().map(|(subnets, _)| subnets.to_string()).collect();
+    known.sort();
+    known.dedup();
+    assert_eq!(known.len(), 16);
     let clashes = follower.lines.try_iter().filter(|line| line.contains("in both keyspaces at once")).count();
     eprintln!("{clashes} subnets were taken in both keyspaces at once");
     Ok(())
@@ -353,8 +377,6 @@ pub(crate) async fn deleting_the_old_keyspace_leaves_the_new_one_alone() -> Resu
     }
     let mut follower = Follower::start(&etcd)?;
     both(&etcd, "config", "the network", |_, _| true).await?;
-    // Until it has seen both alike, a deletion could have been before its time.
-    tokio::time::sleep(Duration::from_secs(1)).await;
     etcd.v2().delete("/coreos.com")?;
     follower.says("config was deleted from one of the keyspaces")?;
     assert_eq!(follower.process.wait()?.code(), Some(1));

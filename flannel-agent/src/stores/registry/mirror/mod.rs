@@ -60,6 +60,15 @@ pub enum FollowEnd {
     ConfigDeleted(String),
 }
 
+/// What was said of both together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Begins,
+    Alike,
+    /// A trouble is waited for.
+    Away,
+}
+
 type Notices = BoxStream<'static, Result<Vec<Notice>, WatchEnd>>;
 
 impl Mirror {
@@ -168,17 +177,17 @@ impl Mirror {
         Err(self.failed(Side::New, RegistryError::Unreachable(format!("{key} changes all the time"))))
     }
 
-    /// Keeps both alike until a configuration is deleted. `say` hears of every change that is passed on, and of troubles,
-    /// which are waited for.
+    /// Keeps both alike until a configuration is deleted. `say` hears when they are for the first time, of every change that
+    /// is passed on, and of troubles, which are waited for.
     pub async fn follow(&self, mut say: impl FnMut(String)) -> FollowEnd {
         let mut agreed = BTreeMap::new();
-        let (mut back_off, mut away) = (BackOff::default(), false);
+        let (mut back_off, mut state) = (BackOff::default(), State::Begins);
         loop {
-            match self.follow_for_a_while(&mut agreed, &mut say, &mut away).await {
+            match self.follow_for_a_while(&mut agreed, &mut say, &mut state).await {
                 Ok(Some(end)) => return end,
                 Ok(None) => back_off = BackOff::default(),
                 Err(reason) => {
-                    if !std::mem::replace(&mut away, true) {
+                    if std::mem::replace(&mut state, State::Away) != State::Away {
                         say(format!("waiting: {reason}"));
                     }
                     sleep(back_off.next()).await;
@@ -192,7 +201,7 @@ impl Mirror {
         &self,
         agreed: &mut BTreeMap<String, Agreed>,
         say: &mut impl FnMut(String),
-        away: &mut bool,
+        state: &mut State,
     ) -> Result<Option<FollowEnd>, String> {
         let text = |error: StoreError| error.to_string();
         let (old, old_revision) = self.list(Side::Old).await.map_err(text)?;
@@ -218,8 +227,10 @@ impl Mirror {
                 return Ok(Some(end));
             }
         }
-        if std::mem::replace(away, false) {
-            say("both keyspaces answer again".into());
+        match std::mem::replace(state, State::Alike) {
+            State::Begins => say("both keyspaces are alike, and kept so".into()),
+            State::Away => say("both keyspaces answer again, and are alike".into()),
+            State::Alike => {}
         }
         let compare = sleep(jittered(RESYNC));
         tokio::pin!(compare);
