@@ -2,8 +2,13 @@
 //!
 //! After a read or write that failed redb refuses everything (`StorageError::PreviousIo`), so the file is then left and
 //! opened anew for the next write: a disk that was full for a moment costs the writes of that moment.
+//!
+//! Whoever deletes the file under a running server leaves it with one that nobody finds again. That is looked for before
+//! each write and every second ([`File::look`]): everything in memory is then written into a new one in its place. What
+//! somebody else put there is not overwritten, and no write is acknowledged that would end in the file without a name.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,6 +42,11 @@ pub enum EmbeddedError {
     Layout { path: PathBuf, found: u64 },
     #[error("can't read or write {path}: {reason}")]
     Broken { path: PathBuf, reason: String },
+    #[error(
+        "{0} was replaced by another file while the server runs: start it again and it takes the leases in there, or move \
+         that file away and it writes its own into a new one"
+    )]
+    Replaced(PathBuf),
     #[error("a write was interrupted: {0}")]
     Interrupted(String),
 }
@@ -56,8 +66,24 @@ pub(super) struct Contents {
     layout: u64,
 }
 
+/// What is in memory, as it is to be on disk.
+pub(super) trait Known {
+    fn record(&self, key: &str) -> Option<Record>;
+
+    /// Every entry, and the revision of the latest change.
+    fn everything(&self) -> (Vec<(String, Record)>, u64);
+}
+
+/// Which file a path names, whatever becomes of the path. A file that is open keeps its number for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
 pub(super) struct File {
     path: PathBuf,
+    identity: Identity,
     /// `None` after a failure, until the next write.
     database: Option<Database>,
     /// Entries whose last write failed: the disk may have it or not.
@@ -67,33 +93,31 @@ pub(super) struct File {
 impl File {
     /// The file, made where there is none, with everything in it.
     pub(super) fn open(path: &Path) -> Result<(Self, Contents), EmbeddedError> {
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder)
-                .map_err(|source| EmbeddedError::Folder { path: path.into(), source })?;
-        }
         if !path.exists() {
             make(path)?;
         }
-        let (database, contents) = open_sound(path)?;
+        let (database, contents, identity) = open_sound(path)?;
         if contents.layout != THIS_LAYOUT {
             return Err(EmbeddedError::Layout { path: path.into(), found: contents.layout });
         }
-        Ok((Self { path: path.into(), database: Some(database), unsure: BTreeSet::new() }, contents))
+        let file = Self { path: path.into(), identity, database: Some(database), unsure: BTreeSet::new() };
+        Ok((file, contents))
     }
 
-    /// Writes or deletes an entry. On disk when it returns. `known` says what an entry is whose last write failed.
+    /// Writes or deletes an entry. On disk, where it can be found again, when it returns.
     pub(super) fn put(
         &mut self,
         key: &str,
         record: Option<&Record>,
         revision: u64,
-        known: impl Fn(&str) -> Option<Record>,
+        known: &impl Known,
     ) -> Result<(), EmbeddedError> {
+        self.look(known)?;
         let database = match self.database.take() {
             Some(database) => database,
-            None => open_sound(&self.path)?.0,
+            None => self.reopen()?,
         };
-        let unsure: Vec<_> = self.unsure.iter().map(|key| (key.clone(), known(key))).collect();
+        let unsure: Vec<_> = self.unsure.iter().map(|key| (key.clone(), known.record(key))).collect();
         let mended = unsure.iter().map(|(key, record)| (key.as_str(), record.as_ref()));
         let written = write(&database, mended.chain([(key, record)]), revision);
         if let Err(error) = written {
@@ -105,20 +129,57 @@ impl File {
         Ok(())
     }
 
+    /// Looks whether the file is still in its place. Where nothing is, a new one is written with everything that is known.
+    pub(super) fn look(&mut self, known: &impl Known) -> Result<(), EmbeddedError> {
+        match identity(&self.path)? {
+            Some(there) if there == self.identity => Ok(()),
+            Some(_) => Err(EmbeddedError::Replaced(self.path.clone())),
+            None => self.write_anew(known),
+        }
+    }
+
+    fn write_anew(&mut self, known: &impl Known) -> Result<(), EmbeddedError> {
+        make_with(&self.path, |database| {
+            let (records, revision) = known.everything();
+            let records = records.iter().map(|(key, record)| (key.as_str(), Some(record)));
+            write(database, records, revision)
+        })?;
+        let (database, _, identity) = open_sound(&self.path)?;
+        (self.database, self.identity) = (Some(database), identity);
+        self.unsure.clear();
+        tracing::warn!(
+            "{} was gone while the server runs: all leases were written into a new one in its place",
+            self.path.display()
+        );
+        Ok(())
+    }
+
+    fn reopen(&self) -> Result<Database, EmbeddedError> {
+        let (database, _, identity) = open_sound(&self.path)?;
+        match identity == self.identity {
+            true => Ok(database),
+            false => Err(EmbeddedError::Replaced(self.path.clone())),
+        }
+    }
+
     fn broken(&self, error: &redb::Error) -> EmbeddedError {
         EmbeddedError::Broken { path: self.path.clone(), reason: error.to_string() }
     }
 }
 
 /// Opens a file and reads it. Where its bytes make no sense redb mostly panics, which says that the file is damaged.
-fn open_sound(path: &Path) -> Result<(Database, Contents), EmbeddedError> {
+fn open_sound(path: &Path) -> Result<(Database, Contents, Identity), EmbeddedError> {
+    let before = identity(path)?;
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let database = Database::open(path).map_err(|error| unopened(path, &error))?;
         let contents = read(&database).map_err(|error| match error {
             redb::Error::Corrupted(reason) => EmbeddedError::Damaged { path: path.into(), reason },
             error => EmbeddedError::Broken { path: path.into(), reason: error.to_string() },
         })?;
-        Ok((database, contents))
+        match (before, identity(path)?) {
+            (Some(before), Some(now)) if before == now => Ok((database, contents, now)),
+            _ => Err(EmbeddedError::Replaced(path.into())),
+        }
     }));
     opened.unwrap_or_else(|panic| {
         let said = panic.downcast_ref::<String>().map(String::as_str);
@@ -186,8 +247,27 @@ fn unopened(path: &Path, error: &DatabaseError) -> EmbeddedError {
     }
 }
 
-/// Makes an empty database beside its place and moves it there: killed in between, nothing half made is in the way.
+/// The file at a path, if there is one.
+fn identity(path: &Path) -> Result<Option<Identity>, EmbeddedError> {
+    match std::fs::metadata(path) {
+        Ok(facts) => Ok(Some(Identity { device: facts.dev(), inode: facts.ino() })),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(EmbeddedError::Open { path: path.into(), reason: error.to_string() }),
+    }
+}
+
 fn make(path: &Path) -> Result<(), EmbeddedError> {
+    make_with(path, |_| Ok(()))
+}
+
+/// Makes a database and what is to be in it beside its place, in a folder that is made too, and moves it there: killed in
+/// between, nothing half made is in the way.
+fn make_with(
+    path: &Path,
+    fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
+) -> Result<(), EmbeddedError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(|source| EmbeddedError::Folder { path: path.into(), source })?;
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
@@ -197,9 +277,15 @@ fn make(path: &Path) -> Result<(), EmbeddedError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
     }
-    drop(Database::create(&beside).map_err(|error| unopened(&beside, &error))?);
+    let database = Database::create(&beside).map_err(|error| unopened(&beside, &error))?;
+    fill(&database)
+        .map_err(|error| EmbeddedError::Broken { path: beside.clone(), reason: error.to_string() })?;
+    drop(database);
+    // What somebody put there meanwhile is not overwritten.
+    if identity(path)?.is_some() {
+        return Err(EmbeddedError::Replaced(path.into()));
+    }
     std::fs::rename(&beside, path).map_err(failed)?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
-use self::file::{Contents, File, Record};
+use self::file::{Contents, File, Known, Record};
 use super::LEASE_TTL;
 use super::back_off::BackOff;
 use super::registry::{
@@ -36,6 +36,9 @@ use crate::domain::network_name::NetworkName;
 /// How long every lease lives at least after a start. Nodes try a renewal that failed again each minute.
 pub const GRACE: Duration = Duration::from_secs(300);
 
+/// How often a look at the file is taken while nothing is written.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// A running watch is compared with a list this often, as with every store.
 const RESYNC: Duration = Duration::from_secs(300);
 
@@ -48,7 +51,7 @@ pub struct Embedded {
 struct Store {
     name: String,
     table: Arc<Mutex<Table>>,
-    /// One write at a time, each of which waits for the disk.
+    /// One write at a time, each of which waits for the disk. A look at it is one too.
     file: Arc<tokio::sync::Mutex<File>>,
     /// The latest revision.
     news: watch::Sender<u64>,
@@ -76,6 +79,7 @@ impl Embedded {
             news,
         });
         tokio::spawn(end_leases(Arc::downgrade(&store)));
+        tokio::spawn(keep_the_file(Arc::downgrade(&store)));
         Ok(Self { store })
     }
 
@@ -140,6 +144,17 @@ fn record_of(stored: &Stored) -> Record {
     Record { value: stored.value.clone(), revision: stored.revision, expires: stored.expires.map(end) }
 }
 
+impl Known for Mutex<Table> {
+    fn record(&self, key: &str) -> Option<Record> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).stored(key).map(record_of)
+    }
+
+    fn everything(&self) -> (Vec<(String, Record)>, u64) {
+        let table = self.lock().unwrap_or_else(PoisonError::into_inner);
+        (table.all().map(|(key, stored)| (key.clone(), record_of(stored))).collect(), table.revision())
+    }
+}
+
 /// What an entry becomes: nothing, or a value that lives for a time.
 type Wanted = Option<(Vec<u8>, Option<Duration>)>;
 
@@ -177,11 +192,7 @@ impl Store {
         let lifetime = stored.as_ref().map_or(Lifetime::Forever, |(stored, _)| stored.lifetime());
         // A caller that goes away must not leave the disk ahead of the memory.
         let task = tokio::task::spawn_blocking(move || {
-            let known = |key: &str| {
-                let table = table.lock().unwrap_or_else(PoisonError::into_inner);
-                table.stored(key).map(record_of)
-            };
-            file.put(&key, record.as_ref(), revision, known)?;
+            file.put(&key, record.as_ref(), revision, &*table)?;
             let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
             table.apply(key, stored.map(|(stored, _)| stored), revision);
             drop(table);
@@ -246,6 +257,31 @@ async fn end_leases(store: std::sync::Weak<Store>) {
         tokio::select! {
             () = tokio::time::sleep_until(wake.into()) => {}
             changed = news.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Looks whether the file is still in its place, as long as somebody has the store: who deletes it must not cost what is
+/// written later, nor what was before. Each trouble is said once.
+async fn keep_the_file(store: std::sync::Weak<Store>) {
+    let mut said = None;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(held) = store.upgrade() else { return };
+        let mut file = held.file.clone().lock_owned().await;
+        let table = held.table.clone();
+        drop(held);
+        let looked = tokio::task::spawn_blocking(move || file.look(&*table)).await;
+        match looked {
+            Ok(Ok(())) => said = None,
+            Ok(Err(error)) => {
+                let error = error.to_string();
+                if said.as_ref() != Some(&error) {
+                    tracing::error!("leases can't be written: {error}");
+                }
+                said = Some(error);
+            }
+            Err(error) => tracing::error!("the file of the leases was not looked after: {error}"),
         }
     }
 }
