@@ -30,6 +30,10 @@ const MAX_BODY: usize = 128 * 1024;
 /// How long a body may take to arrive.
 const BODY_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long the store may take to answer, all its endpoints together. A client waits ten seconds, connecting included
+/// (`stores/remote/client.rs`), and is told the reason only if it is there before.
+const STORE_LIMIT: Duration = Duration::from_secs(8);
+
 /// The longest a client can ask an empty poll to last.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
 
@@ -128,6 +132,14 @@ async fn network_of(server: &Server, name: &str) -> Result<Arc<Network>, Failure
     Ok(server.network(name).await?)
 }
 
+/// What the store answers, or that it does not.
+async fn in_time<T>(server: &Server, asked: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::time::timeout(STORE_LIMIT, asked).await.unwrap_or_else(|_| {
+        let reason = format!("no answer within {} s", STORE_LIMIT.as_secs());
+        Err(StoreError::Unreachable { store: server.networks.name().to_owned(), reason }.into())
+    })
+}
+
 fn subnets_of(key: &str, wrong: &str) -> Result<Subnets, Failure> {
     key.parse().map_err(|error| Failure::Bad(format!("{wrong}: {error}")))
 }
@@ -213,8 +225,11 @@ async fn networks(
 }
 
 async fn config(State(server): Served, Path(network): Path<String>) -> Result<Response, Failure> {
-    let network = network_of(&server, &network).await?;
-    Ok(raw_json(wire::config_json(&network.store.network_config().await?)?))
+    let text = in_time(&server, async {
+        let network = network_of(&server, &network).await?;
+        Ok(network.store.network_config().await?)
+    });
+    Ok(raw_json(wire::config_json(&text.await?)?))
 }
 
 async fn leases(
@@ -223,8 +238,7 @@ async fn leases(
     Query(poll): Query<Poll>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let network = network_of(&server, &network).await?;
-    listen(&network, &poll, None, &headers).await
+    listen(&server, &network, &poll, (None, &headers)).await
 }
 
 async fn lease(
@@ -234,17 +248,32 @@ async fn lease(
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
     let subnets = subnets_of(&key, "bad subnet")?;
-    let network = network_of(&server, &network).await?;
-    listen(&network, &poll, Some(subnets), &headers).await
+    listen(&server, &network, &poll, (Some(subnets), &headers)).await
 }
 
 async fn listen(
-    network: &Network,
+    server: &Server,
+    network: &str,
     poll: &Poll,
-    only: Option<Subnets>,
-    headers: &HeaderMap,
+    (only, headers): (Option<Subnets>, &HeaderMap),
 ) -> Result<Response, Failure> {
-    let answer = within(patience(headers), network.feed.tell(poll.cursor()?, only)).await?;
+    let cursor = poll.cursor()?;
+    let (network, answer) = match cursor {
+        None => {
+            let listed = async {
+                let network = network_of(server, network).await?;
+                let everything = network.feed.tell(None, only).await?;
+                Ok((network, Some(everything)))
+            };
+            in_time(server, listed).await?
+        }
+        // How long that lasts is the client's to say.
+        Some(_) => {
+            let network = in_time(server, network_of(server, network)).await?;
+            let change = within(patience(headers), network.feed.tell(cursor, only)).await?;
+            (network, change)
+        }
+    };
     let Some((told, cursor)) = answer else { return Ok(nothing()) };
     let clocks = Clocks::now();
     let mut page =
@@ -296,16 +325,20 @@ async fn acquire(
     let attrs =
         LeaseAttrs::from_json(text).map_err(|error| Failure::Bad(format!("JSON decoding error: {error}")))?;
     let previous = ask.previous.as_deref().map(|key| subnets_of(key, "parameter previous")).transpose()?;
-    let network = network_of(&server, &network).await?;
-    let config = NetworkConfig::parse_ranges(&network.store.network_config().await?)
-        .map_err(|error| StoreError::Conflict(format!("the network configuration can't be used: {error}")))?;
-    let request = LeaseRequest { config, attrs, previous, previous_only: ask.only };
-    let lease = {
-        let _turn = network.acquiring.lock().await;
+    let lease = in_time(&server, async {
+        let network = network_of(&server, &network).await?;
+        let config =
+            NetworkConfig::parse_ranges(&network.store.network_config().await?).map_err(|error| {
+                StoreError::Conflict(format!("the network configuration can't be used: {error}"))
+            })?;
+        let request = LeaseRequest { config, attrs, previous, previous_only: ask.only };
+        let turn = network.acquiring.lock().await;
         let lease = network.store.acquire(&request).await?;
-        network.feed.wrote(lease.clone());
-        lease
-    };
+        drop(turn);
+        Ok((network, lease))
+    });
+    let (network, lease) = lease.await?;
+    network.feed.has_told(&lease).await;
     Ok(json(&WireLease::new(&lease, Clocks::now())))
 }
 
@@ -319,13 +352,17 @@ async fn renew(
     let body = body_of(body).await?;
     let asked: WireLease = decode(&body)?;
     let asked = asked.lease(Clocks::now()).map_err(|error| Failure::Bad(error.to_string()))?;
-    let network = network_of(&server, &network).await?;
     let mut known = asked.clone();
     if let Some(from) = ask.from {
         known.attrs = LeaseAttrs::of_node(from);
     }
-    let lease = network.store.rewrite(&known, &asked.attrs).await?;
-    network.feed.wrote(lease.clone());
+    let lease = in_time(&server, async {
+        let network = network_of(&server, &network).await?;
+        let lease = network.store.rewrite(&known, &asked.attrs).await?;
+        Ok((network, lease))
+    });
+    let (network, lease) = lease.await?;
+    network.feed.has_told(&lease).await;
     Ok(json(&WireLease::new(&lease, Clocks::now())))
 }
 
@@ -334,15 +371,19 @@ async fn revoke(
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, Failure> {
     let subnets = subnets_of(&key, "failed to parse subnet")?;
-    let network = network_of(&server, &network).await?;
-    network.store.revoke(subnets).await?;
-    network.feed.deleted(subnets);
+    let revoked = in_time(&server, async {
+        let network = network_of(&server, &network).await?;
+        network.store.revoke(subnets).await?;
+        Ok(network)
+    });
+    revoked.await?.feed.has_told_the_end_of(subnets).await;
     Ok(StatusCode::OK.into_response())
 }
 
 async fn reservations(State(server): Served, Path(network): Path<String>) -> Result<Response, Failure> {
-    let network = network_of(&server, &network).await?;
-    let all = network.store.reservations().await?;
+    let all =
+        in_time(&server, async { Ok(network_of(&server, &network).await?.store.reservations().await?) });
+    let all = all.await?;
     Ok(json(&all.into_iter().map(WireReservation::from).collect::<Vec<_>>()))
 }
 
@@ -353,9 +394,12 @@ async fn reserve(
 ) -> Result<Response, Failure> {
     let body = body_of(body).await?;
     let reservation: Reservation = decode::<WireReservation>(&body)?.into();
-    let network = network_of(&server, &network).await?;
-    let _turn = network.acquiring.lock().await;
-    network.store.reserve(&reservation).await?;
+    let reserved = in_time(&server, async {
+        let network = network_of(&server, &network).await?;
+        let _turn = network.acquiring.lock().await;
+        Ok(network.store.reserve(&reservation).await?)
+    });
+    reserved.await?;
     Ok(StatusCode::OK.into_response())
 }
 
@@ -364,7 +408,8 @@ async fn unreserve(
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, Failure> {
     let subnets = subnets_of(&key, "bad subnet")?;
-    let network = network_of(&server, &network).await?;
-    network.store.unreserve(subnets).await?;
+    let ended =
+        in_time(&server, async { Ok(network_of(&server, &network).await?.store.unreserve(subnets).await?) });
+    ended.await?;
     Ok(StatusCode::OK.into_response())
 }

@@ -1,5 +1,9 @@
 //! What changes, for any number of listeners at the price of one store watch.
 //!
+//! All that is told comes from that watch, also what was written through this server: a list that the watch made a
+//! moment before the write would otherwise say that the new lease is gone, and the next change that it is there again.
+//! Who wrote is answered when the watch has told it, so that the next question finds it ([`LeaseFeed::has_told`]).
+//!
 //! Changes are numbered; a listener names the last one it knows and gets what came after, or everything when that is no
 //! longer known. Numbers begin anew, far from any other, with every start: a listener that comes from another server or
 //! from a former life of this one names a number nobody here gave out, and gets everything.
@@ -22,6 +26,10 @@ const HISTORY: usize = 1024;
 
 /// How long a listener who asks for everything waits for the store's first word.
 const FIRST_WORD: Duration = Duration::from_secs(5);
+
+/// How long a writer waits for the watch to tell what was written. It takes a millisecond, unless the watch is broken;
+/// then who asks next is told once it is back.
+const TOLD_LIMIT: Duration = Duration::from_secs(1);
 
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq)]
@@ -170,6 +178,20 @@ impl<K: Ord + Clone, V: Clone + PartialEq> Feed<K, V> {
         }
     }
 
+    /// Waits, but not for long, until the log is so.
+    async fn until(&self, is_so: impl Fn(&Log<K, V>) -> bool) {
+        let mut news = self.news.subscribe();
+        let told = async {
+            while !is_so(&self.lock()) {
+                if news.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // The write is done either way.
+        let _ = tokio::time::timeout(TOLD_LIMIT, told).await;
+    }
+
     /// Waits for what comes after `cursor`.
     async fn after(&self, mut cursor: u64, wanted: impl Fn(&K) -> bool) -> (Told<K, V>, u64) {
         let mut news = self.news.subscribe();
@@ -221,13 +243,15 @@ impl LeaseFeed {
         Self { feed, stop }
     }
 
-    /// What a write through this server made, without waiting for the store's watch to say it.
-    pub(super) fn wrote(&self, lease: Lease) {
-        self.feed.change(|log| add_lease(log, lease));
+    /// Waits until the watch has told what a write through this server made of a lease.
+    pub(super) async fn has_told(&self, lease: &Lease) {
+        let known = |known: &Lease| known.revision >= lease.revision;
+        self.feed.until(|log| log.present.get(&lease.subnets).is_some_and(known)).await;
     }
 
-    pub(super) fn deleted(&self, subnets: Subnets) {
-        self.feed.change(|log| log.remove(subnets));
+    /// The same of one that was taken away.
+    pub(super) async fn has_told_the_end_of(&self, subnets: Subnets) {
+        self.feed.until(|log| log.away.is_none() && !log.present.contains_key(&subnets)).await;
     }
 
     /// Everything, or what comes after the change numbered `after`; of one lease only, where one is named.
@@ -257,16 +281,12 @@ impl Drop for LeaseFeed {
     }
 }
 
-/// A write of ours may be known before the watch tells an older one of the same lease.
 fn add_lease(log: &mut Log<Subnets, Lease>, lease: Lease) {
-    let known = log.present.get(&lease.subnets).map_or(0, |known| known.revision);
-    if lease.revision == 0 || lease.revision > known {
-        let key = log.unreadable.keys().find(|key| key.ends_with(&lease.subnets.to_string())).cloned();
-        let was_unreadable = key.is_some_and(|key| log.unreadable.remove(&key).is_some());
-        log.add(lease.subnets, lease);
-        if was_unreadable {
-            log.forget();
-        }
+    let key = log.unreadable.keys().find(|key| key.ends_with(&lease.subnets.to_string())).cloned();
+    let was_unreadable = key.is_some_and(|key| log.unreadable.remove(&key).is_some());
+    log.add(lease.subnets, lease);
+    if was_unreadable {
+        log.forget();
     }
 }
 
@@ -438,24 +458,5 @@ mod tests {
         log.add(2, 20);
         let (told, number) = log.after(start, |key| *key == 2).unwrap();
         assert_eq!((told, number), (Told::Change(Change::Added(2, 20)), start + 2));
-    }
-
-    #[test]
-    fn an_older_write_told_late_changes_nothing() {
-        let lease = |revision: u64, ip: &str| Lease {
-            subnets: "10.1.2.0-24".parse().unwrap(),
-            attrs: crate::domain::lease::LeaseAttrs::new(ip.parse().unwrap()),
-            expires: None,
-            revision,
-        };
-        let mut log = Log::new();
-        fold(&mut log, LeaseEvent::Snapshot(Vec::new(), Vec::new()));
-        add_lease(&mut log, lease(7, "192.0.2.7"));
-        let head = log.head;
-        fold(&mut log, LeaseEvent::Added(lease(6, "192.0.2.6")));
-        fold(&mut log, LeaseEvent::Added(lease(7, "192.0.2.7")));
-        assert_eq!(log.head, head);
-        fold(&mut log, LeaseEvent::Added(lease(8, "192.0.2.8")));
-        assert_eq!(log.head, head + 1);
     }
 }

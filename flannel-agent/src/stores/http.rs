@@ -110,6 +110,8 @@ impl Servers {
                 }
                 Err(_) => {
                     lasting = false;
+                    // Whoever asks may not wait until all were tried: the next call goes on with another one.
+                    self.suspect(index);
                     format!("no answer within {} s", limit.as_secs())
                 }
             };

@@ -113,6 +113,9 @@ pub trait LeaseStore: Send + Sync {
 
 /// A place that keeps the leases of several networks (contract §5.4).
 pub trait NetworkStores: Send + Sync {
+    /// What it is called in messages: "etcd at http://10.0.0.1:2379".
+    fn name(&self) -> &str;
+
     /// The leases of one network; without a name, those of the network that has none. It need not exist yet.
     fn network(&self, name: Option<&NetworkName>) -> Arc<dyn LeaseStore>;
 

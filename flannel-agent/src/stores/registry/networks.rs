@@ -29,6 +29,10 @@ impl RegistryNetworks {
 }
 
 impl NetworkStores for RegistryNetworks {
+    fn name(&self) -> &str {
+        self.registry.name()
+    }
+
     fn network(&self, name: Option<&NetworkName>) -> Arc<dyn LeaseStore> {
         let prefix = match name {
             Some(name) => join(&self.prefix, name.as_str()),

@@ -158,7 +158,11 @@ impl Watcher {
         Ok(())
     }
 
+    /// For the first list only: later, what was told since is not in it.
     fn just_listed(&self) -> Option<Listing> {
+        if self.revision != 0 {
+            return None;
+        }
         let (at, listing) = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         (now().saturating_duration_since(at) < FRESH).then_some(listing)
     }

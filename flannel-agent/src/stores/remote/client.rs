@@ -122,6 +122,10 @@ fn base(text: &str, secure: bool) -> Result<String, RemoteOptionsError> {
 }
 
 impl NetworkStores for RemoteNetworks {
+    fn name(&self) -> &str {
+        &self.servers.name
+    }
+
     fn network(&self, name: Option<&NetworkName>) -> Arc<dyn LeaseStore> {
         let network = name.map_or(UNNAMED, NetworkName::as_str);
         Arc::new(RemoteStore { servers: self.servers.clone(), network: network.to_owned() })

@@ -63,6 +63,10 @@ impl LeaseStore for Counted {
 }
 
 impl NetworkStores for Counted {
+    fn name(&self) -> &str {
+        "a store that is counted"
+    }
+
     fn network(&self, _: Option<&NetworkName>) -> Arc<dyn LeaseStore> {
         Arc::new(self.clone())
     }

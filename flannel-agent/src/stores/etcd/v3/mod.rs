@@ -78,7 +78,11 @@ impl V3 {
                     return Ok((answer, index));
                 }
                 Ok(Err(fault)) => fault,
-                Err(_) => Fault::Passing(format!("no answer within {} s", CALL_TIMEOUT.as_secs())),
+                Err(_) => {
+                    // Whoever asks may not wait until all were tried: the next call goes on with another one.
+                    servers.suspect(index);
+                    Fault::Passing(format!("no answer within {} s", CALL_TIMEOUT.as_secs()))
+                }
             };
             let (Fault::Passing(reason) | Fault::Lasting(reason)) = &fault;
             // Who we are is said anew where a login is worth nothing. It names how far etcd had come, and an etcd that was
