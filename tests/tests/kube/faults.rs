@@ -76,7 +76,7 @@ fn late(lab: &mut Lab) -> Result<()> {
     let options = cluster.options(lab.host(0))?;
     let agent = lab.host_mut(0).start_agent(&options)?;
     sleep(Duration::from_secs(4));
-    ensure!(agent.readyz().is_ok_and(|(code, _)| code == 503));
+    agent.wait_not_ready("")?;
     cluster.api.restart()?;
     agent.wait_ready()?;
     let up = |node: &Value| network_unavailable(node).is_some();

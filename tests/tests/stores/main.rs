@@ -187,6 +187,7 @@ fn main() -> ExitCode {
             a_dead_endpoint_is_passed_over
             a_cluster_that_loses_its_leader_loses_nothing
             a_watch_moves_to_another_endpoint_when_its_own_dies
+            a_watch_that_comes_back_right_after_a_lease_was_taken_knows_all
             user_and_password_open_the_door
             mutual_tls_works_and_says_what_is_missing
             an_authority_alone_verifies_the_server
@@ -259,6 +260,10 @@ fn main() -> ExitCode {
         trials.extend(kubernetes::trials(&cluster, CONTRACT));
     }
     for (name, api) in [("etcd_v3", EtcdApi::V3), ("etcd_v2", EtcdApi::V2)] {
+        trials.push(Trial::test(
+            format!("server::a_store_that_hangs_is_named_before_the_client_gives_up_{name}"),
+            move || run(server::a_store_that_hangs_is_named_before_the_client_gives_up(api)),
+        ));
         let shared = etcd.clone();
         trials.push(Trial::test(format!("{name}::each_trouble_on_the_way_is_survived"), move || {
             run_within(TROUBLE_LIMIT, async move {
@@ -288,6 +293,9 @@ fn main() -> ExitCode {
         server::a_file_has_one_server_at_a_time
         server::a_disk_that_was_full_costs_the_writes_of_that_time_only
         server::a_damaged_file_is_named_with_what_to_do
+        server::a_file_that_was_deleted_is_written_anew_with_every_lease
+        server::a_file_that_was_replaced_is_left_alone_and_nothing_is_promised
+        server::a_lease_that_stays_is_never_told_as_gone
         server::no_lease_ends_right_after_a_start
         server::a_socket_of_systemd_is_taken_over
         server::leases_move_between_a_file_and_etcd

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -25,6 +25,14 @@ struct RelayState {
     stalled: AtomicBool,
     keeps_heads: AtomicBool,
     swallows_http1: AtomicBool,
+    /// Milliseconds that lists of the v2 API are on the way.
+    lists_take: AtomicU64,
+}
+
+/// What is known of one connection.
+#[derive(Default)]
+struct Asked {
+    a_list: AtomicBool,
 }
 
 impl Relay {
@@ -41,8 +49,9 @@ impl Relay {
                 let Ok(far) = TcpStream::connect(target).await else { continue };
                 let (near_read, near_write) = near.into_split();
                 let (far_read, far_write) = far.into_split();
-                connections.spawn(shared.clone().pass_requests(near_read, far_write));
-                connections.spawn(shared.clone().pass_answers(far_read, near_write));
+                let asked = Arc::new(Asked::default());
+                connections.spawn(shared.clone().pass_requests(near_read, far_write, asked.clone()));
+                connections.spawn(shared.clone().pass_answers(far_read, near_write, asked));
             }
         });
         Ok(Self { address, state, _tasks: tasks })
@@ -70,6 +79,11 @@ impl Relay {
         self.state.keeps_heads.store(true, Ordering::SeqCst);
     }
 
+    /// Lists that etcd's v2 API has made are on the way so long, and nothing else is.
+    pub(crate) fn delay_lists(&self, time: Duration) {
+        self.state.lists_take.store(u64::try_from(time.as_millis()).unwrap_or(u64::MAX), Ordering::SeqCst);
+    }
+
     /// Requests of HTTP/1 are taken and go nowhere.
     pub(crate) fn swallow_http1(&self) {
         self.state.swallows_http1.store(true, Ordering::SeqCst);
@@ -91,6 +105,7 @@ impl RelayState {
         self: Arc<Self>,
         mut from: tokio::net::tcp::OwnedReadHalf,
         mut to: tokio::net::tcp::OwnedWriteHalf,
+        asked: Arc<Asked>,
     ) {
         let mut buffer = vec![0; 64 * 1024];
         let mut is_first = true;
@@ -103,6 +118,8 @@ impl RelayState {
             if first && self.swallows_http1.load(Ordering::SeqCst) && !buffer.starts_with(b"PRI * HTTP/2.0") {
                 return std::future::pending().await;
             }
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            asked.a_list.store(text.contains("quorum=true&recursive=true"), Ordering::SeqCst);
             if to.write_all(&buffer[..length]).await.is_err() {
                 return;
             }
@@ -113,6 +130,7 @@ impl RelayState {
         self: Arc<Self>,
         mut from: tokio::net::tcp::OwnedReadHalf,
         mut to: tokio::net::tcp::OwnedWriteHalf,
+        asked: Arc<Asked>,
     ) {
         const ENTRIES: usize = 150;
         let mut buffer = vec![0; 64 * 1024];
@@ -128,6 +146,9 @@ impl RelayState {
             }
             while self.stalled.load(Ordering::SeqCst) {
                 tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            if asked.a_list.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(self.lists_take.load(Ordering::SeqCst))).await;
             }
             if to.write_all(&buffer[..length]).await.is_err() {
                 return;

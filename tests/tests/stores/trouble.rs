@@ -90,11 +90,16 @@ impl Middle {
         self.address
     }
 
+    /// Ends every connection there is; new ones are taken.
+    pub(crate) fn hang_up(&self) {
+        self.ends.send_modify(|ends| *ends += 1);
+    }
+
     fn set(&self, trouble: Trouble) {
         let index = Trouble::ALL.iter().position(|other| *other == trouble).unwrap_or(0);
         self.trouble.store(u8::try_from(index).unwrap_or(0), Ordering::SeqCst);
         if trouble == Trouble::Cut {
-            self.ends.send_modify(|ends| *ends += 1);
+            self.hang_up();
         }
     }
 }

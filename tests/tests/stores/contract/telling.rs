@@ -34,7 +34,7 @@ pub(crate) async fn what_changes_is_told_after_a_snapshot(ground: Ground) -> Res
 }
 
 pub(crate) async fn a_lease_that_ends_is_told(ground: Ground) -> Result<()> {
-    ground.put("10.5.7.0-24", r#"{"PublicIP":"192.0.2.7"}"#, Some(Duration::from_secs(6))).await?;
+    ground.put("10.5.7.0-24", r#"{"PublicIP":"192.0.2.7"}"#, Some(Duration::from_secs(10))).await?;
     ground.put("10.5.8.0-24", r#"{"PublicIP":"192.0.2.8"}"#, None).await?;
     let mut events = ground.node().watch();
     assert_eq!(first(&mut events).await?.0.len(), 2);

@@ -11,6 +11,7 @@ use flannel_tests::etcd::{Etcd, Version};
 use flannel_tests::etcd_v2::V2Keys;
 
 use super::{PEER, options, snapshot_of, start, start_of, store};
+use crate::CASE_LIMIT;
 use crate::ground::{Ground, first, network, next, next_unreadable, next_within, request, subnets};
 use crate::relay::Relay;
 
@@ -79,7 +80,8 @@ pub(crate) async fn a_busy_keyspace_does_not_disturb_a_quiet_watch() -> Result<(
             write(&keys, "/elsewhere", 1300, |number| number.to_string()).await?;
             keys.put(&format!("{FOLDER}/{key}"), PEER, None)
         };
-        let (seen, meddled) = tokio::join!(next(&mut events), meddle);
+        // However long all those writes take.
+        let (seen, meddled) = tokio::join!(next_within(&mut events, CASE_LIMIT), meddle);
         meddled?;
         let LeaseEvent::Added(seen) = seen? else { panic!("nothing but the change") };
         assert_eq!(seen.subnets, subnets(&key));

@@ -128,7 +128,7 @@ pub(crate) async fn a_damaged_file_is_named_with_what_to_do() -> Result<()> {
     let store = Embedded::open(&path)?;
     store.configure(None, Some(CONFIG)).await?;
     drop(store);
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    super::process::wait_until_free(&path).await?;
     let sound = std::fs::read(&path)?;
     let mut damaged = 0;
     // Each page but the first, which has the file's own head, filled with what is no page.

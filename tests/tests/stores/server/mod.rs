@@ -1,7 +1,9 @@
 //! What only a server can get wrong: many clients, bad ones, TLS, its own death.
 
+mod behind;
 mod clients;
 mod disk;
+mod file;
 mod process;
 
 use std::net::SocketAddr;
@@ -13,7 +15,7 @@ use flannel_agent::stores::{LeaseRequest, LeaseStore, NetworkStores};
 
 use crate::ground::{network, request};
 
-pub(crate) use self::{clients::*, disk::*, process::*};
+pub(crate) use self::{behind::*, clients::*, disk::*, file::*, process::*};
 
 const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
 

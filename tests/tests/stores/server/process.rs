@@ -17,27 +17,39 @@ use tokio::net::TcpStream;
 use super::{CONFIG, asking, node};
 use crate::ground::{first, next, subnets};
 
-struct Process {
-    port: Port,
+pub(super) struct Process {
+    pub(super) port: Port,
     files: std::path::PathBuf,
+    store: std::path::PathBuf,
     child: Option<Child>,
 }
 
 impl Process {
-    async fn start(files: &TempDir) -> Result<Self> {
+    pub(super) async fn start(files: &TempDir) -> Result<Self> {
+        Self::start_in(files, "leases.redb").await
+    }
+
+    /// With the leases in this file.
+    pub(super) async fn start_in(files: &TempDir, store: &str) -> Result<Self> {
         std::fs::write(files.path().join("net-conf.json"), CONFIG)?;
         let port = Port::hold("127.0.0.1".parse()?)?;
-        let mut process = Self { port, files: files.path().to_owned(), child: None };
+        let (store, files) = (files.path().join(store), files.path().to_owned());
+        let mut process = Self { port, files, store, child: None };
         process.restart().await?;
         Ok(process)
     }
 
-    async fn restart(&mut self) -> Result<()> {
+    pub(super) fn log(&self) -> String {
+        std::fs::read_to_string(self.files.join("server.log")).unwrap_or_default()
+    }
+
+    /// Kills it (SIGKILL), if it runs, and starts it on the same file.
+    pub(super) async fn restart(&mut self) -> Result<()> {
         self.kill()?;
         let log = std::fs::File::options().create(true).append(true).open(self.files.join("server.log"))?;
         let child = Command::new(flannel_tests::agent_binary()?)
             .arg(format!("--listen={}", self.port.address()))
-            .arg(format!("--store=embedded:{}", self.files.join("leases.redb").display()))
+            .arg(format!("--store=embedded:{}", self.store.display()))
             .arg(format!("--net-config-path={}", self.files.join("net-conf.json").display()))
             .stdout(Stdio::null())
             .stderr(log)
@@ -45,8 +57,11 @@ impl Process {
         self.child = Some(child);
         let started = Instant::now();
         while TcpStream::connect(self.port.address()).await.is_err() {
-            let log = || std::fs::read_to_string(self.files.join("server.log")).unwrap_or_default();
-            ensure!(started.elapsed() < Duration::from_secs(20), "the server does not listen: {}", log());
+            ensure!(
+                started.elapsed() < Duration::from_secs(20),
+                "the server does not listen: {}",
+                self.log()
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         Ok(())
@@ -92,8 +107,10 @@ pub(crate) async fn nothing_acknowledged_is_lost_in_twenty_kills() -> Result<()>
     let next_ip = Arc::new(AtomicU32::new(1));
     let mut acknowledged: BTreeMap<_, _> = BTreeMap::new();
     for kill in 0..KILLS {
+        // How many leases and reservations it says yes to before it is killed: none, and all there are to ask for.
+        let (answered, enough) = (Arc::new(AtomicU32::new(0)), kill % 16);
         let writers = (0..4).map(|writer| {
-            let (address, next_ip) = (process.port.address(), next_ip.clone());
+            let (address, next_ip, answered) = (process.port.address(), next_ip.clone(), answered.clone());
             tokio::spawn(async move {
                 let node = node(&[address])?;
                 let mut done = Vec::new();
@@ -102,12 +119,14 @@ pub(crate) async fn nothing_acknowledged_is_lost_in_twenty_kills() -> Result<()>
                     let ip = std::net::Ipv4Addr::from(0x0a63_0000 + number);
                     let Ok(lease) = node.acquire(&asking(&ip.to_string())).await else { return Ok(done) };
                     done.push((lease.subnets, ip, false));
+                    answered.fetch_add(1, Ordering::SeqCst);
                     if writer == 0 {
                         let wanted = Reservation { subnets: lease.subnets, public_ip: ip.into() };
                         if node.reserve(&wanted).await.is_err() {
                             return Ok(done);
                         }
                         done.push((lease.subnets, ip, true));
+                        answered.fetch_add(1, Ordering::SeqCst);
                     }
                     if done.len() >= 3 {
                         return Ok::<_, anyhow::Error>(done);
@@ -116,8 +135,11 @@ pub(crate) async fn nothing_acknowledged_is_lost_in_twenty_kills() -> Result<()>
             })
         });
         let writers: Vec<_> = writers.collect();
-        // From before the first write to after the last.
-        tokio::time::sleep(Duration::from_millis(u64::from(kill) * 5)).await;
+        // From before the first write to after the last, and each time somewhere else in the next one.
+        while answered.load(Ordering::SeqCst) < enough && !writers.iter().all(|writer| writer.is_finished()) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_micros(u64::from(kill) * 700)).await;
         process.kill()?;
         for writer in writers {
             for (subnets, ip, reserved) in writer.await?? {
@@ -163,11 +185,16 @@ pub(crate) async fn no_lease_ends_right_after_a_start() -> Result<()> {
     let store = Embedded::open(&path)?;
     store.configure(None, Some(CONFIG)).await?;
     let value = br#"{"PublicIP":"192.0.2.7"}"#;
-    store.put("subnets/10.5.7.0-24", value, Some(Duration::from_millis(300))).await?;
     store.put("subnets/10.5.8.0-24", value, None).await?;
+    // While it is away: nobody who has the file open ends the lease.
+    let short = Duration::from_secs(5);
+    let asked = Instant::now();
+    store.put("subnets/10.5.7.0-24", value, Some(short)).await?;
     drop(store);
-    tokio::time::sleep(Duration::from_millis(400)).await;
-    let store = reopen(&path).await?;
+    wait_until_free(&path).await?;
+    ensure!(asked.elapsed() < short, "too slow to stop before the lease ends: {:?}", asked.elapsed());
+    tokio::time::sleep(short.saturating_sub(asked.elapsed()) + Duration::from_millis(100)).await;
+    let store = Embedded::open(&path)?;
     let (leases, _) = first(&mut store.networks().network(None).watch()).await?;
     let left = leases.iter().map(|lease| lease.expires.map(|end| end - Instant::now()));
     let left: Vec<_> = left.collect();
@@ -177,14 +204,18 @@ pub(crate) async fn no_lease_ends_right_after_a_start() -> Result<()> {
     Ok(())
 }
 
-/// The task that ends leases may have the file for a moment longer.
-async fn reopen(path: &std::path::Path) -> Result<Embedded> {
+/// Until nobody has it open any more.
+pub(super) async fn wait_until_free(path: &std::path::Path) -> Result<()> {
     let started = Instant::now();
+    let file = std::fs::File::options().read(true).write(true).open(path)?;
     loop {
-        match Embedded::open(path) {
-            Ok(store) => return Ok(store),
-            Err(error) if started.elapsed() > Duration::from_secs(5) => return Err(error.into()),
-            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(std::fs::TryLockError::WouldBlock) => {
+                ensure!(started.elapsed() < Duration::from_secs(20), "{} stays open", path.display());
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -249,9 +280,7 @@ pub(crate) async fn leases_move_between_a_file_and_etcd() -> Result<()> {
     let etcd = tokio::task::spawn_blocking(flannel_tests::etcd::Etcd::start).await??;
     let (from, endpoint) = (format!("embedded:{}", path.display()), etcd.endpoint());
     let mut words = vec!["migrate", "--from", &from, "--to=etcd", "--etcd-endpoints", &endpoint];
-    // The file is free when the task that ends leases has noticed.
-    drop(reopen(&path).await?);
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    wait_until_free(&path).await?;
 
     words.push("--dry-run");
     let (code, said, errors) = agent(&words)?;
