@@ -1,14 +1,19 @@
 //! `cargo xtask vm`: the tests that depend on the kernel, on the kernels of several Debian releases, in QEMU.
 //!
 //! No KVM is needed and none is used, so it runs wherever CI does; emulation is some ten times slower, and no figure of
-//! time taken there means anything. One machine after the other. `kernels.rs` says which kernels, `guest.rs` what is in
+//! time taken there means anything. A machine takes one CPU of ours, so as many run at once as there are. `kernels.rs` says which kernels, `guest.rs` what is in
 //! the guests and what they run, `machine.rs` what counts as a failure.
 
 mod guest;
 mod kernels;
 mod machine;
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -43,7 +48,7 @@ fn folder() -> PathBuf {
     workspace().join("target/vm")
 }
 
-/// Builds, fetches, boots one after the other, reports.
+/// Builds, fetches, boots, reports.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     ensure!(
@@ -65,16 +70,38 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     step.done("");
 
     let cache = if arguments.update { Cache::Renew } else { Cache::Use };
-    let mut rows = Vec::new();
-    for kernel in chosen {
+    let fetched: Vec<_> = chosen.into_iter().map(|kernel| (kernel, kernel.fetch(cache))).collect();
+    let rows = at_once(fetched, |(kernel, fetched)| {
         let begun = Instant::now();
-        let row = kernel.fetch(cache).and_then(|fetched| {
+        let outcome = fetched.and_then(|fetched| {
             let boot = machine::boot(kernel.name, &fetched, &guest)?;
             Ok((fetched, boot))
         });
-        rows.push(Row { kernel, outcome: row, took: seconds(begun.elapsed()) });
-    }
+        Row { kernel, outcome, took: seconds(begun.elapsed()) }
+    });
     report(&rows, started)
+}
+
+/// What comes of each, in their order; as many at the same time as there are CPUs.
+fn at_once<T: Send, R: Send>(all: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let workers = cpus.min(all.len());
+    let queue = Mutex::new(all.into_iter().enumerate());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let done = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some((place, one)) = next() {
+                    let result = work(one);
+                    done.lock().unwrap_or_else(PoisonError::into_inner).push((place, result));
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(place, _)| *place);
+    done.into_iter().map(|(_, result)| result).collect()
 }
 
 /// One kernel and what came of it.
@@ -173,4 +200,19 @@ fn build() -> Result<Built> {
         .collect::<Result<_>>()?;
     step.done("");
     Ok(Built { agent: workspace().join("target/debug/flannel-agent"), tests })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::at_once;
+
+    #[test]
+    fn what_is_done_at_the_same_time_comes_back_in_order() {
+        let numbers: Vec<u64> = (0..50).collect();
+        let doubled = at_once(numbers.clone(), |number| {
+            std::thread::sleep(std::time::Duration::from_micros(50 - number));
+            2 * number
+        });
+        assert_eq!(doubled, numbers.iter().map(|number| 2 * number).collect::<Vec<_>>());
+    }
 }
