@@ -66,10 +66,11 @@ fn follows(host: &Host, tier: &str, mtu: u32) -> Result<Duration> {
     let devices: &[(&str, u32)] =
         if tier == "tc" { &[("flannel0", 0), ("flannel0d", 50)] } else { &[("flannel0", 0)] };
     loop {
-        let mtus: Vec<u32> = devices
-            .iter()
-            .map(|(device, more)| Ok(device_mtu(host, device)?.saturating_sub(*more)))
-            .collect::<Result<_>>()?;
+        // A device that is made anew is away for a moment.
+        let mtu_of = |(device, more): &(&str, u32)| {
+            device_mtu(host, device).map_or(0, |mtu| mtu.saturating_sub(*more))
+        };
+        let mtus: Vec<u32> = devices.iter().map(mtu_of).collect();
         let env = host.agent()?.subnet_env()?.mtu;
         let status = host.status()?;
         if mtus.iter().chain([&env, &status.mtu]).all(|mtu| *mtu == wanted) && status.ready {
