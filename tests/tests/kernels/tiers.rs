@@ -307,7 +307,9 @@ fn displaced(lab: &mut Lab, choice: &Choice) -> Result<()> {
         // Ours stays at the number it moved to; made anew with all the rest, it has its own again.
         host.netns().output("tc qdisc del dev eth0 clsact")?;
         let started = Instant::now();
-        while !host.netns().output("tc filter show dev eth0 ingress")?.contains("pref 50 bpf") {
+        // Without the qdisc tc answers with an error.
+        let filters = || host.netns().output("tc filter show dev eth0 ingress").unwrap_or_default();
+        while !filters().contains("pref 50 bpf") {
             ensure!(started.elapsed() < LIMIT, "the filter is not put back: {}", host.status()?.reasons());
             sleep(Duration::from_millis(50));
         }
