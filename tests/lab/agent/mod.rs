@@ -26,7 +26,7 @@ mod unrest;
 
 pub use status::{Count, Peer, PeerCount, Refused, Status, Tunnel, status};
 pub use subnet_env::SubnetEnv;
-pub use unrest::{Repetition, repetitions};
+pub use unrest::{Repetition, at_rest, repetitions};
 
 const HEALTH_PORT: u16 = 10256;
 

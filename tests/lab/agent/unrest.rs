@@ -1,8 +1,11 @@
 //! An agent that never comes to rest says the same thing over and over. Packets may flow and every assertion hold
-//! meanwhile, so nothing but its log tells; each test on a lab is judged by it.
+//! meanwhile, so nothing but its log tells; each test on a lab is judged by it, and each that runs parts of the agent in a
+//! thread of its own ([`at_rest`]).
 
 use std::collections::BTreeMap;
 use std::fmt;
+
+use anyhow::{Result, ensure};
 
 /// How often one agent may say one thing within [`WITHIN`]. A repair that a test makes necessary again and again, once a
 /// second at most, stays below; the agent itself makes ten at once before it slows down.
@@ -44,6 +47,17 @@ pub fn repetitions(log: &str, slower: u32) -> Vec<Repetition> {
     }
     found.extend(too_often(&said, window));
     found
+}
+
+/// The log of what a test ran says nothing too often.
+///
+/// # Errors
+/// It does: with the lines, how often each, and within which time.
+pub fn at_rest(log: &str) -> Result<()> {
+    let found = repetitions(log, crate::slower());
+    let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
+    ensure!(lines.is_empty(), "what the test ran did not come to rest:\n{}", lines.join("\n"));
+    Ok(())
 }
 
 /// The whole row of those lines of which some [`OFTEN`] and one more fit in the window.
@@ -117,6 +131,13 @@ mod tests {
         let different: String = (0..20).map(|number| log(1, 0, &format!("WARN peer {number}"))).collect();
         assert_eq!(repetitions(&different, 1), []);
         assert_eq!(repetitions(&"at index 3\n".repeat(20), 1), []);
+    }
+
+    #[test]
+    fn a_log_without_rest_is_an_error_that_says_so() {
+        assert!(at_rest(&log(8, 1, REPAIR)).is_ok());
+        let error = at_rest(&log(60, 1, REPAIR)).unwrap_err().to_string();
+        assert!(error.contains("60 times in 0.1 s: INFO tunnel on flannel0 needs repair"), "{error}");
     }
 
     #[test]

@@ -9,8 +9,9 @@ mod events;
 mod netlink;
 mod ownership;
 
+use std::cell::RefCell;
 use std::future::Future;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -25,11 +26,35 @@ use flannel_agent::host::interfaces::{facts, interfaces, reach};
 use flannel_agent::host::linux::{LinuxHost, LinuxHostOptions, Scope};
 use flannel_agent::host::netlink::{Netlink, NextHop, ROUTE_PROTOCOL};
 use flannel_agent::host::{Host, HostError};
+use flannel_tests::agent::at_rest;
 use flannel_tests::privilege;
 use libtest_mimic::{Failed, Trial};
 use nix::sched::{CloneFlags, unshare};
 
+thread_local! {
+    /// What the agent's parts logged in a test, which has one thread.
+    static SAID: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        SAID.with_borrow_mut(|said| said.push_str(&String::from_utf8_lossy(bytes)));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter("flannel_agent=info")
+        .with_writer(|| Log)
+        .with_ansi(false)
+        .init();
     privilege::run_when(
         privilege::require_root,
         vec![
@@ -69,7 +94,8 @@ fn trial<F: Future<Output = Outcome> + 'static>(name: &str, body: fn() -> F) -> 
             unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("unshare the network namespace: {e}"))?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             ip("link set lo up");
-            Ok(runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), body()).await })??)
+            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), body()).await })??;
+            Ok(at_rest(&SAID.take())?)
         });
         thread.join().map_err(|panic| {
             let text = panic.downcast_ref::<String>().cloned();

@@ -14,7 +14,7 @@ mod server;
 mod transcript;
 mod trouble;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io::Write;
 use std::process::ExitCode;
@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use flannel_agent::stores::etcd::EtcdApi;
+use flannel_tests::agent::at_rest;
 use flannel_tests::etcd::{Etcd, Setup, Version};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -40,6 +41,13 @@ static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 thread_local! {
     /// Lines of a level that an operator sees. A case and all its tasks have one thread.
     static LINES: Cell<u32> = const { Cell::new(0) };
+    /// What they are, for the verdict on the case.
+    static SAID: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// An agent that a case ran as a process said this.
+fn heard(log: &str) {
+    SAID.with_borrow_mut(|said| said.push_str(log));
 }
 
 struct Log;
@@ -49,6 +57,7 @@ impl Write for Log {
         let line = String::from_utf8_lossy(bytes);
         if [" INFO ", " WARN ", " ERROR "].iter().any(|level| line.contains(level)) {
             LINES.set(LINES.get() + 1);
+            heard(&line);
         }
         LOG.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
         Ok(bytes.len())
@@ -64,12 +73,13 @@ fn run(case: impl Future<Output = anyhow::Result<()>>) -> Result<(), Failed> {
 }
 
 fn run_within(limit: Duration, case: impl Future<Output = anyhow::Result<()>>) -> Result<(), Failed> {
+    SAID.take();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(async { tokio::time::timeout(limit, case).await });
     // Calls to a server that hangs are not waited for.
     runtime.shutdown_background();
     match result {
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(())) => at_rest(&SAID.take()).map_err(|error| format!("{error:#}").into()),
         Ok(Err(error)) => Err(format!("{error:#}").into()),
         Err(_) => Err(format!("not done after {} s", limit.as_secs()).into()),
     }
@@ -304,6 +314,20 @@ fn main() -> ExitCode {
         transcript::our_client_understands_flannelds_server
         transcript::a_recorded_client_of_several_networks_hears_what_it_heard_from_flanneld
     ));
+    trials.push(Trial::test("a_case_whose_parts_never_come_to_rest_has_failed", || {
+        let over_and_over = "2026-11-26T21:26:23.182945Z  WARN flannel_agent: again\n".repeat(20);
+        let verdict = run(async {
+            heard(&over_and_over);
+            Ok(())
+        });
+        match verdict {
+            Err(failed) if failed.message().is_some_and(|text| text.contains("20 times in 0.0 s: WARN")) => {
+                // And it is this case's alone.
+                run(async { Ok(()) })
+            }
+            other => Err(format!("{other:?}").into()),
+        }
+    }));
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(cluster);
     drop((etcd, newer));

@@ -68,6 +68,7 @@ impl Drop for Cramped {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        crate::heard(&self.log());
     }
 }
 

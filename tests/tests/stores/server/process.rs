@@ -80,6 +80,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.kill();
+        crate::heard(&self.log());
     }
 }
 
