@@ -16,7 +16,7 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use rustls::server::WebPkiClientVerifier;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -129,7 +129,12 @@ impl Listener {
                     }
                     bound => bound,
                 };
-                bound.map_err(|source| ListenerError::Bind { address: address.clone(), source })?
+                let failed = |source| ListenerError::Bind { address: address.clone(), source };
+                let socket = bound.map_err(failed)?;
+                // All nodes come back at once when a server does. The kernel drops who finds the usual queue full, and they
+                // knock again a second later, and three: as many may wait as it allows (net.core.somaxconn).
+                listen(&socket, Backlog::MAXALLOWABLE).map_err(|errno| failed(errno.into()))?;
+                socket
             }
             ListenAddress::Descriptor(descriptor) => activated(*descriptor)?,
         };
