@@ -55,7 +55,7 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
     run_when(privilege::require, trials)
 }
 
-/// [`run`] for trials that share a lab.
+/// [`run`], one after the other, for trials that share a lab, or that each need the machine for themselves.
 pub fn run_in_order(trials: Vec<Trial>) -> ExitCode {
     with_own_mounts(|| privilege::run_in_order(trials))
 }

@@ -12,7 +12,7 @@ mod underlay;
 
 use std::{process::ExitCode, time::Duration};
 
-use flannel_tests::{scenario::run, steady::Traffic};
+use flannel_tests::{scenario::run_in_order, steady::Traffic};
 
 /// Deleted things are back within this time.
 const SOON: Duration = Duration::from_secs(1);
@@ -26,5 +26,6 @@ fn main() -> ExitCode {
     trials.extend(others::trials());
     trials.extend(server::trials());
     trials.extend(underlay::trials());
-    run(trials)
+    // What has a second to come back is not to wait for another test's processes.
+    run_in_order(trials)
 }
