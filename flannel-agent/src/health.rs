@@ -47,6 +47,17 @@ impl Health {
         self.lock().waiting_for.remove(&(self.scope.clone(), part)).is_some()
     }
 
+    /// This part is done, and what comes of it is awaited in its place; whether it was awaited until now. If it was not,
+    /// nothing changes. Nobody may find nothing awaited in between.
+    pub fn done_and_wait(&self, part: &'static str, next: &'static str, reason: impl Into<String>) -> bool {
+        let mut inner = self.lock();
+        let awaited = inner.waiting_for.remove(&(self.scope.clone(), part)).is_some();
+        if awaited {
+            inner.waiting_for.insert((self.scope.clone(), next), reason.into());
+        }
+        awaited
+    }
+
     /// A start begins, whose last step is done when subnet.env is written: nobody may find nothing awaited between two
     /// steps of it.
     pub fn begin(&self) {

@@ -256,7 +256,7 @@ impl<H: Host> Agent<H> {
                 self.health.wait("watch", format!("the other nodes' leases may be out of date: {reason}"));
             }
             LeaseEvent::Snapshot(leases, _) => {
-                if self.health.done("watch") {
+                if self.health.done_and_wait("watch", "host", "the leases just known are not acted on yet") {
                     tracing::info!(leases = leases.len(), "the other nodes' leases are known");
                 }
             }

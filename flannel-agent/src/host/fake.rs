@@ -9,6 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use ipnet::Ipv4Net;
@@ -40,6 +41,8 @@ struct Inner {
     heard: Vec<Heard>,
     /// Someone did damage that was not told yet.
     touched: bool,
+    /// How long changes take.
+    takes: Duration,
     packets: u64,
 }
 
@@ -113,6 +116,11 @@ impl FakeHost {
         self.lock().unobservable = None;
     }
 
+    /// Changes take so long, however many they are.
+    pub fn take(&self, time: Duration) {
+        self.lock().takes = time;
+    }
+
     /// The way to `node` carries no more than `mtu` bytes. Every peer has traffic, and all others answer any probe.
     pub fn narrow(&self, node: Ipv4Addr, mtu: u32) {
         self.lock().links.insert(node, mtu);
@@ -175,6 +183,10 @@ impl Host for FakeHost {
     }
 
     async fn apply(&mut self, changes: &[Change]) -> Vec<Result<(), HostError>> {
+        let takes = self.lock().takes;
+        if !takes.is_zero() {
+            tokio::time::sleep(takes).await;
+        }
         let mut inner = self.lock();
         inner.calls.apply += 1;
         inner.calls.changes += changes.len();

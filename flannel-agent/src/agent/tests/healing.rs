@@ -44,6 +44,26 @@ async fn nothing_is_removed_while_the_peers_are_unknown() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_node_whose_store_is_late_is_ready_when_it_reaches_its_peers_and_not_before() {
+    let running = {
+        let host = FakeHost::new();
+        host.take(Duration::from_millis(100));
+        let running = Running::start("udp", host).await;
+        running.peer("10.1.9.0-24", "192.0.2.9", "");
+        // Before the loop's task runs for the first time.
+        running.store.cut();
+        running
+    };
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(running.shown().contains("route 10.1.0.0/16 dev flannel0"), "the own part needs no peers");
+    running.store.mend();
+    running.ready().await;
+    let shown = running.shown();
+    assert!(shown.contains("peer 10.1.9.0/24 at 192.0.2.9"), "ready without its peer:\n{shown}");
+    assert_eq!(running.end().await, End::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
 async fn damage_is_repaired_from_the_wanted_state() {
     let running = Running::start("udp", FakeHost::new()).await;
     running.ready().await;
