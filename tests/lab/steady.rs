@@ -1,6 +1,6 @@
 //! Traffic that goes on while something is done to the hosts, and what of it was lost.
 
-use std::{net::SocketAddrV4, thread::sleep, time::Duration};
+use std::{net::SocketAddrV4, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -11,6 +11,9 @@ use crate::{
     },
     topology::Lab,
 };
+
+/// So few pings tell nothing.
+const MOST_TELLING: u32 = 50;
 
 /// Pings in both directions, milliseconds apart, and a TCP stream, from pod to pod of the first two hosts.
 #[derive(Debug)]
@@ -35,12 +38,16 @@ impl Traffic {
             pings: [ping(&a.netns, b.address)?, ping(&b.netns, a.address)?],
             flow: TcpPath::new(&a.netns, &b.netns, address).flow()?,
         };
-        sleep(Duration::from_millis(300));
+        // What is done next, is done to traffic that flows.
+        traffic.pings.iter().try_for_each(|ping| ping.wait_received(1))?;
+        traffic.flow.wait_arrived(1)?;
         Ok(traffic)
     }
 
     /// Stops it; pings lost (both directions) and the stream, which must have arrived whole.
     pub fn stop(self) -> Result<(u32, Transfer)> {
+        // Some more: after what was done, too.
+        self.pings.iter().try_for_each(|ping| ping.wait_sent(MOST_TELLING + 1))?;
         ensure!(
             self.flow.is_alive(),
             "the TCP connection is gone: {:#}",
@@ -50,7 +57,7 @@ impl Traffic {
         let mut lost = 0;
         for ping in self.pings {
             let report = ping.stop()?;
-            ensure!(report.sent > 50, "{report}");
+            ensure!(report.sent > MOST_TELLING, "{report}");
             if report.lost() > 0 {
                 println!("{report}");
             }

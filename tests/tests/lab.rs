@@ -140,7 +140,7 @@ fn probes(lab: &mut Lab) -> Result<()> {
     ensure!(transfer.bytes == 20_000_000, "{transfer:?}");
 
     let flow = path.flow()?;
-    std::thread::sleep(Duration::from_millis(200));
+    flow.wait_arrived(1_000_001)?;
     ensure!(flow.is_alive());
     ensure!(flow.finish()?.bytes > 1_000_000);
 

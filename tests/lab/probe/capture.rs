@@ -8,10 +8,11 @@ use std::{
     mem::size_of,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    thread::{JoinHandle, spawn},
+    thread::{JoinHandle, sleep, spawn},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -33,7 +34,8 @@ const MOST_FRAMES: usize = 100_000;
 #[derive(Debug)]
 pub struct Capture {
     stop: Arc<AtomicBool>,
-    reader: JoinHandle<Result<Vec<Vec<u8>>>>,
+    frames: Arc<Mutex<Vec<Vec<u8>>>>,
+    reader: JoinHandle<Result<()>>,
 }
 
 impl Capture {
@@ -47,8 +49,26 @@ impl Capture {
             .with_context(|| format!("capture on {device} in {}", namespace.name()))?;
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
-        let reader = spawn(move || read_frames(&socket, &flag));
-        Ok(Self { stop, reader })
+        let frames = Arc::<Mutex<Vec<Vec<u8>>>>::default();
+        let kept = Arc::clone(&frames);
+        let reader = spawn(move || read_frames(&socket, &flag, &kept));
+        Ok(Self { stop, frames, reader })
+    }
+
+    /// [`Self::finish`], but not before what is there is enough, or nobody can expect more to come.
+    ///
+    /// # Errors
+    /// As there. That it never was enough is no error: the frames are returned all the same.
+    pub fn finish_with(self, enough: impl Fn(&[Vec<u8>]) -> bool) -> Result<Vec<Vec<u8>>> {
+        let limit = Duration::from_secs(5) * crate::slower();
+        let started = Instant::now();
+        while !enough(&self.frames.lock().unwrap_or_else(PoisonError::into_inner))
+            && started.elapsed() < limit
+            && !self.reader.is_finished()
+        {
+            sleep(Duration::from_millis(10));
+        }
+        self.finish()
     }
 
     /// Stops it; Ethernet frames (IP packets on a TUN device) in order of arrival, in both directions.
@@ -59,20 +79,21 @@ impl Capture {
         // What was sent before this call has passed the device, but may still wait in the socket: the reader stops at
         // the first silence after the flag.
         self.stop.store(true, Ordering::Relaxed);
-        self.reader.join().map_err(|_| anyhow!("the capturing thread panicked"))?
+        self.reader.join().map_err(|_| anyhow!("the capturing thread panicked"))??;
+        Ok(std::mem::take(&mut *self.frames.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
-fn read_frames(socket: &OwnedFd, stop: &AtomicBool) -> Result<Vec<Vec<u8>>> {
-    let mut frames = Vec::new();
+fn read_frames(socket: &OwnedFd, stop: &AtomicBool, frames: &Mutex<Vec<Vec<u8>>>) -> Result<()> {
     let mut buffer = vec![0; 1 << 17];
     loop {
         match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
             Ok(length) => {
+                let mut frames = frames.lock().unwrap_or_else(PoisonError::into_inner);
                 ensure!(frames.len() < MOST_FRAMES, "more than {MOST_FRAMES} frames");
                 frames.push(buffer.get(..length).unwrap_or_default().to_vec());
             }
-            Err(Errno::EAGAIN | Errno::EINTR) if stop.load(Ordering::Relaxed) => return Ok(frames),
+            Err(Errno::EAGAIN | Errno::EINTR) if stop.load(Ordering::Relaxed) => return Ok(()),
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(e) => return Err(e).context("read a frame"),
         }

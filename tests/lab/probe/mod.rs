@@ -42,6 +42,19 @@ pub(crate) fn stream(offset: u64, length: usize) -> &'static [u8] {
     bytes.get(start..start + length.min(PERIOD)).unwrap_or_default()
 }
 
+/// Waits until `reached` gives a number of `wanted` or more, for as long as a probe has patience on this machine.
+pub(crate) fn wait_for(wanted: u64, what: &str, reached: impl Fn() -> u64) -> anyhow::Result<()> {
+    let (started, limit) = (Instant::now(), crate::patience());
+    loop {
+        let now = reached();
+        if now >= wanted {
+            return Ok(());
+        }
+        anyhow::ensure!(started.elapsed() < limit, "{now} of {wanted} {what} after {limit:?}");
+        sleep(Duration::from_millis(5));
+    }
+}
+
 /// Binds again while the address is in use, for a second: a process that another thread is just starting holds copies of
 /// all descriptors between fork and exec, of sockets closed meanwhile too.
 pub(crate) fn patiently<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {

@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU16, Ordering},
+        atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -29,7 +29,7 @@ use nix::{
     },
 };
 
-use super::stream;
+use super::{stream, wait_for};
 use crate::namespace::Namespace;
 
 const ECHO_REPLY: u8 = 0;
@@ -130,9 +130,10 @@ impl Ping {
         let socket =
             self.from.run(|| self.socket().with_context(|| format!("a raw socket to {}", self.to)))?;
         let wish = Arc::new(AtomicU8::new(GO_ON));
-        let mut run = Run::new(self.clone(), socket, Arc::clone(&wish));
+        let progress = Arc::new(Progress::default());
+        let mut run = Run::new(self.clone(), socket, Arc::clone(&wish), Arc::clone(&progress));
         let thread = std::thread::spawn(move || run.go());
-        Ok(RunningPing { wish, thread: Some(thread) })
+        Ok(RunningPing { wish, progress, thread: Some(thread) })
     }
 
     fn socket(&self) -> Result<OwnedFd> {
@@ -160,14 +161,38 @@ const GO_ON: u8 = 0;
 const STOP: u8 = 1;
 const ABANDON: u8 = 2;
 
+/// What a run counted so far.
+#[derive(Debug, Default)]
+struct Progress {
+    sent: AtomicU32,
+    received: AtomicU32,
+}
+
 /// A ping at work.
 #[derive(Debug)]
 pub struct RunningPing {
     wish: Arc<AtomicU8>,
+    progress: Arc<Progress>,
     thread: Option<JoinHandle<Result<PingReport>>>,
 }
 
 impl RunningPing {
+    /// Waits until so many requests were sent: how long that takes is the machine's matter.
+    ///
+    /// # Errors
+    /// It takes too long for any machine.
+    pub fn wait_sent(&self, count: u32) -> Result<()> {
+        wait_for(count.into(), "pings sent", || self.progress.sent.load(Ordering::Relaxed).into())
+    }
+
+    /// Waits until so many were answered.
+    ///
+    /// # Errors
+    /// It takes too long for any machine.
+    pub fn wait_received(&self, count: u32) -> Result<()> {
+        wait_for(count.into(), "pings answered", || self.progress.received.load(Ordering::Relaxed).into())
+    }
+
     /// Sends no more, waits for what is on its way, and returns what was counted.
     ///
     /// # Errors
@@ -209,6 +234,7 @@ struct Run {
     ping: Ping,
     socket: OwnedFd,
     wish: Arc<AtomicU8>,
+    progress: Arc<Progress>,
     identifier: u16,
     requests: Vec<Request>,
     report: PingReport,
@@ -216,11 +242,12 @@ struct Run {
 }
 
 impl Run {
-    fn new(ping: Ping, socket: OwnedFd, wish: Arc<AtomicU8>) -> Self {
+    fn new(ping: Ping, socket: OwnedFd, wish: Arc<AtomicU8>, progress: Arc<Progress>) -> Self {
         static IDENTIFIER: AtomicU16 = AtomicU16::new(1);
         let report = PingReport::of(&ping);
         let identifier = IDENTIFIER.fetch_add(1, Ordering::Relaxed);
-        Self { ping, socket, wish, identifier, requests: Vec::new(), report, times: Duration::ZERO }
+        let (requests, times) = (Vec::new(), Duration::ZERO);
+        Self { ping, socket, wish, progress, identifier, requests, report, times }
     }
 
     fn go(&mut self) -> Result<PingReport> {
@@ -271,6 +298,7 @@ impl Run {
     fn send(&mut self, now: Instant) {
         let message = echo(self.identifier, self.report.sent, self.ping.payload);
         self.report.sent += 1;
+        self.progress.sent.store(self.report.sent, Ordering::Relaxed);
         self.requests.push(Request { sent: now, answered: false });
         for _ in 0..3 {
             match send(self.socket.as_raw_fd(), &message, MsgFlags::empty()) {
@@ -330,6 +358,7 @@ impl Run {
         self.times += time;
         self.report.longest = self.report.longest.max(time);
         self.report.received += 1;
+        self.progress.received.store(self.report.received, Ordering::Relaxed);
     }
 
     /// Takes what routers and the own kernel said of requests (`IP_RECVERR`, ip(7)); whether it was anything.

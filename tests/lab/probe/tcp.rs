@@ -5,7 +5,7 @@ use std::{
     net::{Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{JoinHandle, sleep},
     time::{Duration, Instant},
@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
-use super::{PATIENCE, patiently, stream};
+use super::{PATIENCE, patiently, stream, wait_for};
 use crate::namespace::{Namespace, panic_text};
 
 const CHUNK: usize = 256 * 1024;
@@ -97,11 +97,13 @@ impl TcpPath {
             .run(|| patiently(|| TcpListener::bind(listen)).with_context(|| format!("listen on {listen}")))
             .with_context(|| format!("TCP server in {}", self.server.name()))?;
         let stop = Arc::new(AtomicBool::new(false));
-        let server = self.server.spawn(move || serve(&listener));
+        let arrived = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&arrived);
+        let server = self.server.spawn(move || serve(&listener, &count));
         let (connect, flag) = (self.connect, Arc::clone(&stop));
         let client = self.client.spawn(move || send(connect, load, &flag));
         let way = format!("TCP {} → {} ({})", self.client.name(), self.server.name(), self.connect);
-        Ok(Flow { way, stop, server, client })
+        Ok(Flow { way, stop, arrived, server, client })
     }
 }
 
@@ -110,6 +112,7 @@ impl TcpPath {
 pub struct Flow {
     way: String,
     stop: Arc<AtomicBool>,
+    arrived: Arc<AtomicU64>,
     server: JoinHandle<Result<Received>>,
     client: JoinHandle<Result<(u64, Duration)>>,
 }
@@ -138,6 +141,14 @@ impl Flow {
         })
     }
 
+    /// Waits until so many bytes have arrived: how long that takes is the machine's matter.
+    ///
+    /// # Errors
+    /// It takes too long for any machine.
+    pub fn wait_arrived(&self, bytes: u64) -> Result<()> {
+        wait_for(bytes, "bytes arrived", || self.arrived.load(Ordering::Relaxed)).context(self.way.clone())
+    }
+
     /// True while both ends are at work.
     pub fn is_alive(&self) -> bool {
         !self.client.is_finished() && !self.server.is_finished()
@@ -161,7 +172,7 @@ struct Received {
     peer: SocketAddr,
 }
 
-fn serve(listener: &TcpListener) -> Result<Received> {
+fn serve(listener: &TcpListener, arrived: &AtomicU64) -> Result<Received> {
     listener.set_nonblocking(true).context("set the listener non-blocking")?;
     let waiting = Instant::now();
     let (mut socket, peer) = loop {
@@ -193,6 +204,7 @@ fn serve(listener: &TcpListener) -> Result<Received> {
             bail!("byte {} of the stream is not what was sent", bytes + wrong as u64);
         }
         bytes += length as u64;
+        arrived.store(bytes, Ordering::Relaxed);
     }
     socket.write_all(&bytes.to_be_bytes()).context("send the receipt")?;
     Ok(Received { bytes, longest_pause, peer })

@@ -158,8 +158,17 @@ fn in_kernel(lab: &mut Lab, tier: &str) -> Result<()> {
 fn in_user_space(lab: &mut Lab) -> Result<()> {
     lab.bring_up(&["tun"; 2])?;
     pings(lab, 5)?;
-    let running = json(lab.host(0), 0)?;
-    ensure!(sent(&running)? >= 5 && at(&running, "/tunnels/0/tier") == "tun", "{running}");
+    // In user space, packets are counted after they were sent.
+    let started = Instant::now();
+    let running = loop {
+        let running = json(lab.host(0), 0)?;
+        if sent(&running)? >= 5 {
+            break running;
+        }
+        ensure!(started.elapsed() < LIMIT, "five pings, and {running}");
+        sleep(Duration::from_millis(20));
+    };
+    ensure!(at(&running, "/tunnels/0/tier") == "tun", "{running}");
     lab.host_mut(0).agent_mut()?.crash()?;
     let (code, text, said) = ask(lab.host(0), &["status"])?;
     // Its route leads to a device that nobody reads.

@@ -1,6 +1,10 @@
 //! host-gw and alloc.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flannel_tests::{
@@ -113,8 +117,13 @@ fn routes_only_ipv6(lab: &mut Lab) -> Result<()> {
     lab.host(0).wait_output("ip -6 route", &format!("{others} via fd99::12"), Duration::from_secs(1))?;
     // So is a lease, under the same subnet.
     ensure!(lab.datastore().delete(&format!("subnets/{key}"))?);
+    // The other node may not have noticed yet that it was gone: the store is asked first.
+    let started = Instant::now();
+    while !lab.datastore().leases()?.iter().any(|(there, _)| there == key) {
+        ensure!(started.elapsed() < limit, "{key} is not taken again: {:?}", lab.datastore().leases()?);
+        sleep(Duration::from_millis(20));
+    }
     lab.host(1).agent()?.wait_status("its peer again", |status| status.peers.len() == 1)?;
-    ensure!(lab.datastore().leases()?.iter().any(|(there, _)| there == key));
     // And the same after a crash.
     lab.host_mut(0).agent_mut()?.crash()?;
     lab.host_mut(0).start_agent(&AgentOptions::new()?)?.wait_ready()?;

@@ -1,13 +1,10 @@
 //! udp: every way a packet takes through a node that is not simply pod to pod (`datapath.md` of the design: §1.2 and §2.4).
 
-use std::{
-    net::{Ipv4Addr, SocketAddrV4},
-    time::Duration,
-};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_tests::{
-    agent::AgentOptions,
+    agent::{AgentOptions, Status},
     probe::{
         capture::{Capture, ipv4},
         ping::Ping,
@@ -173,10 +170,14 @@ fn forged(lab: &mut Lab, tier: &str) -> Result<()> {
     lab.bring_up_with(&[options.clone(), options.clone()])?;
     let target = lab.host(1).pod()?.address;
     let stranger = Ipv4Addr::new(10, 244, 255, 250);
-    let arrived = |lab: &Lab| -> Result<usize> {
+    // Of three, when the second host has counted them under this name.
+    let arrived = |lab: &Lab, name: &str| -> Result<usize> {
+        let before = lab.host(1).status()?.counted(name);
         let capture = Capture::start(&lab.host(1).pod()?.netns, "eth0")?;
         send_packets(lab.host(0).netns(), &vec![forged_packet(stranger, target); 3])?;
-        std::thread::sleep(Duration::from_millis(300));
+        let all = |status: &Status| status.counted(name) >= before + 3;
+        let counted = lab.host(1).agent()?.wait_status(name, all)?.counted(name) - before;
+        ensure!(counted == 3, "{name} grew by {counted}");
         let frames = capture.finish()?;
         let from = stranger.octets();
         Ok(frames
@@ -186,16 +187,11 @@ fn forged(lab: &mut Lab, tier: &str) -> Result<()> {
             .count())
     };
 
-    ensure!(arrived(lab)? == 3, "observe is the default and delivers");
-    let counted = lab.host(1).status()?.counted("source_observed");
-    ensure!(counted == 3, "source_observed is {counted}");
+    ensure!(arrived(lab, "source_observed")? == 3, "observe is the default and delivers");
 
     lab.host_mut(1).start_agent(&options.flag("--udp-source-check=enforce"))?;
     lab.wait_connected()?;
-    let before = lab.host(1).status()?.counted("source_refused");
-    ensure!(arrived(lab)? == 0, "enforce delivers a forged sender");
-    let counted = lab.host(1).status()?.counted("source_refused") - before;
-    ensure!(counted == 3, "source_refused grew by {counted}");
+    ensure!(arrived(lab, "source_refused")? == 0, "enforce delivers a forged sender");
     lab.ping_all_pairs(3)
 }
 

@@ -235,12 +235,12 @@ fn forged(lab: &mut Lab) -> Result<()> {
     };
     ensure!(ping()?.lost() == 0, "the owner is not reached before anybody claims its address");
 
-    claimant.netns.ip(&format!("link set eth0 address {mac}"))?;
     let speak =
         |pod: &Pod| Ping::new(&pod.netns, pod.gateway).count(1).patience(Duration::from_secs(1)).run();
-    speak(claimant)?;
     // The owner is silent: what it would answer is dropped, so that nothing takes the claim back.
     owner.netns.output("tc qdisc add dev eth0 root tbf rate 8bit burst 1 limit 1")?;
+    claimant.netns.ip(&format!("link set eth0 address {mac}"))?;
+    speak(claimant)?;
     let entry = |port: &str| -> Result<bool> {
         let entries = b.netns().output("bridge fdb show br cni0")?;
         Ok(entries

@@ -78,8 +78,15 @@ fn two(lab: &mut Lab, wanted: [&str; 2]) -> Result<()> {
         }
     }
     for host in lab.hosts() {
-        let tiers = tiers(host, &NETWORKS)?;
-        ensure!(tiers == wanted, "{}: {tiers:?}", host.name());
+        let started = Instant::now();
+        loop {
+            let tiers = tiers(host, &NETWORKS)?;
+            if tiers == wanted {
+                break;
+            }
+            ensure!(started.elapsed() < LIMIT, "{}: {tiers:?}", host.name());
+            sleep(Duration::from_millis(50));
+        }
     }
     // One leaves, and takes nothing of the other's along.
     let to = SubnetEnv::read(&folder(lab.host(1)).join("blue.env"))?.base();
@@ -95,6 +102,7 @@ fn two(lab: &mut Lab, wanted: [&str; 2]) -> Result<()> {
         }
     }
     sleep(Duration::from_millis(500));
+    pings.wait_sent(21)?;
     let report = pings.stop()?;
     ensure!(report.sent > 20 && report.lost() == 0, "blue noticed it: {report}");
     Ok(())

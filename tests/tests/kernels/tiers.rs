@@ -258,6 +258,7 @@ impl Pings {
     fn all_answered(self) -> Result<()> {
         sleep(Duration::from_millis(400));
         for ping in self.0 {
+            ping.wait_sent(21)?;
             let report = ping.stop()?;
             ensure!(report.sent > 20, "too few to tell: {report}");
             ensure!(report.lost() == 0, "{report}");

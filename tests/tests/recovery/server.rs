@@ -44,6 +44,10 @@ fn dies(lab: &mut Lab) -> Result<()> {
         lab.hosts().iter().map(|host| Ok(host.status()?.subnet)).collect()
     };
     let before = subnets(lab)?;
+    // Rest, before lines are counted: what the pods' bridge brings comes when the pods are there.
+    for host in lab.hosts() {
+        host.agent()?.wait_status("the shortcut", |status| status.ready && status.path() == "tc+bridge")?;
+    }
     let lines = lab.host(0).agent()?.log().lines().count();
     let traffic = Traffic::start(lab)?;
     lab.server_mut()?.kill()?;
