@@ -5,7 +5,8 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::Output,
-    time::Duration,
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -22,6 +23,8 @@ use nix::{
     net::if_::if_nametoindex,
     sys::signal::Signal,
 };
+
+const LIMIT: Duration = Duration::from_secs(30);
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> = TIERS
@@ -76,7 +79,23 @@ fn cleanup_asking(host: &Host, socket: &Path, flags: &[&str]) -> Result<Said> {
 }
 
 /// Everything about a host that the agent could have touched, as text.
+/// What the host looks like once that stands still: the kernel's link watcher says up to a second later that a device is up
+/// (net/core/link_watch.c).
 fn portrait(host: &Host) -> Result<String> {
+    let started = Instant::now();
+    let mut last = sketch(host)?;
+    loop {
+        sleep(Duration::from_millis(1200));
+        let now = sketch(host)?;
+        if now == last {
+            return Ok(now);
+        }
+        ensure!(started.elapsed() < LIMIT, "it does not stand still:\n{last}\n{now}");
+        last = now;
+    }
+}
+
+fn sketch(host: &Host) -> Result<String> {
     let mut text = String::new();
     for command in [
         "ip -o link show",

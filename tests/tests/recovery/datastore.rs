@@ -91,6 +91,12 @@ fn deleted(lab: &mut Lab) -> Result<()> {
     }
     lab.wait_connected()?;
     ensure!(lab.host(1).agent()?.subnet_env()? == env);
+    // News come in their order: who knows this one has heard of the deletion, and of its end.
+    let last = r#"{"PublicIP":"10.99.0.99","PublicIPv6":null}"#;
+    lab.datastore().put("subnets/10.244.255.0-24", last)?;
+    for index in 0..2 {
+        lab.host_mut(index).agent_mut()?.wait_peers(2)?;
+    }
     lab.ping_all_pairs(5)
 }
 
