@@ -281,8 +281,8 @@ pub(crate) async fn nodes_in_both_keyspaces_live_side_by_side() -> Result<()> {
     // What is deleted on either side is gone from both, and stays so.
     old.revoke(third.subnets).await?;
     new.revoke(second.subnets).await?;
-    etcd.v2().put(&format!("{PREFIX}/subnets/10.5.19.0-24"), PEER, Some(Duration::from_secs(2)))?;
-    for deleted in [key(&second), key(&third), "subnets/10.5.19.0-24".into()] {
+    etcd.v2().put(&format!("{PREFIX}/subnets/10.5.219.0-24"), PEER, Some(Duration::from_secs(2)))?;
+    for deleted in [key(&second), key(&third), "subnets/10.5.219.0-24".into()] {
         gone(&etcd, &deleted).await?;
     }
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -71,7 +71,8 @@ pub(crate) async fn a_restart_after_a_compaction_means_a_fresh_snapshot(version:
     // This one is cut off while the world goes on and forgets.
     relay.stall();
     let lease = node.acquire(&request(&network("10.5.255.0"), "192.0.2.1")).await?;
-    let gone = "/coreos.com/network/subnets/10.5.1.0-24";
+    // Not one of the first hundred, of which the lease is.
+    let gone = "/coreos.com/network/subnets/10.5.200.0-24";
     client.put(gone, PEER, None).await?;
     let deleted = client.delete(gone, None).await?;
     let revision = deleted.header().context("a header")?.revision();
